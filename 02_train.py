@@ -1,0 +1,1320 @@
+# %% [markdown]
+# <!-- badge -->
+# # Train a GPT on one chip
+#
+# One function, `train`, takes documents and a `Config` and leaves a trained GPT behind: a transformer in the manner
+# of nanochat, four interchangeable attentions, AdamW, a prefetching loader, sampling, a profile and a checkpoint, all
+# of it raw JAX that fits one screen at a time. The same file runs on a TPU v6e, a GPU, several chips and a laptop.
+#
+# | where | model | time | memory | cost |
+# |---|---|---|---|---|
+# | laptop, two cores, no network | 5M parameters, Python's own sources | under 5 minutes | under 2 GB | nothing |
+# | Colab, TPU v6e | 268M parameters, FineWeb-Edu | hours; goes on where it stopped | under 31.25 GiB | compute units |
+
+# %%
+# OPENING CELL
+
+# %% [markdown]
+# ## Setup
+#
+# Nothing below runs on import: definitions come first and the few cells that do something stand under
+# `if __name__ == "__main__":`. Documents and tokens come from `01_tokenizer`, imported under the name that says so.
+#
+# Shapes are written with nine letters, in comments and in lower case in einsums, as in *How to Scale Your Model*
+# (Austin et al., 2025):
+#
+# | B | T | D | N | K | H | F | L | V |
+# |---|---|---|---|---|---|---|---|---|
+# | batch | sequence | model | query heads | key/value heads | head dimension | MLP hidden | layers | vocabulary |
+
+# %%
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+import common
+from common import UserError, say, setting
+
+tok = importlib.import_module("01_tokenizer")
+
+# %% [markdown]
+# ## Config
+#
+# Every number that shapes the model or its training is a field here and nowhere else. One knob scales the model:
+# `n_head`. The width is `n_head * head_dim` and there is one layer per `aspect_ratio` channels of width, so 8 heads
+# give 1024 channels, 16 layers and 268.4M parameters. A config that cannot run is refused when it is built, with the
+# field, the value and the remedy. It is static to `jit`: change a field and the step is compiled anew.
+
+
+# %%
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Model and training parameters."""
+
+    n_head: int = setting(8, "query heads; scales the model: n_embd = n_head * head_dim")
+    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0 means as many as n_head")
+    head_dim: int = setting(128, "channels per head; 128 fills half a v6e matrix unit, 256 all of it")
+    aspect_ratio: int = setting(64, "channels per layer: n_layer = n_embd // aspect_ratio")
+    vocab_size: int = setting(32768, "tokens in the vocabulary, the nine special ones included")
+    seq_len: int = setting(2048, "tokens of context")
+    window_pattern: str = setting("SSSL", "attention per layer, tiled: S half the context, L all; the last layer is L")
+    softcap: float = setting(15.0, "logits are bounded to +-softcap by tanh")
+    rope_base: float = setting(10000.0, "longest rotary wavelength, in units of 2 pi tokens")
+    attn_impl: str = setting(
+        "splash", "einsum (any device), jax (any device), splash (TPU) or pallas (TPU, no windows)"
+    )
+    dtype: str = setting("bfloat16", "compute type, bfloat16 or float32; master weights and moments stay float32")
+    device_batch_size: int = setting(4, "sequences per microbatch and device")
+    total_batch_size: int = setting(64, "sequences per step: device_batch_size * devices * accumulation")
+    num_iterations: int = setting(20000, "optimizer steps")
+    learning_rate: float = setting(7e-4, "peak learning rate")
+    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only")
+    beta1: float = setting(0.9, "AdamW: decay of the first moment")
+    beta2: float = setting(0.95, "AdamW: decay of the second moment")
+    eps: float = setting(1e-8, "AdamW: added to the root of the second moment")
+    grad_clip: float = setting(1.0, "largest global norm of the gradient; 0 for no clipping")
+    warmup_ratio: float = setting(0.02, "share of the steps in which the learning rate rises from 0")
+    warmdown_ratio: float = setting(0.5, "share of the steps, the last ones, in which it falls")
+    final_lr_frac: float = setting(0.0, "what it falls to, as a share of learning_rate")
+    eval_every: int = setting(250, "steps between evaluations; 0 for one at the end only")
+    eval_tokens: int = setting(1 << 20, "held-out tokens of an evaluation, whatever the batch size")
+    sample_every: int = setting(1000, "steps between samples; 0 for those at the end only")
+    save_every: int = setting(1000, "steps between checkpoints; 0 for one at the end only")
+    param_seed: int = setting(42, "seed of the initial weights")
+
+    @property
+    def n_embd(self):
+        return self.n_head * self.head_dim
+
+    @property
+    def n_layer(self):
+        return self.n_embd // self.aspect_ratio
+
+    @property
+    def mlp_dim(self):
+        return 4 * self.n_embd
+
+    @property
+    def windows(self):
+        """Keys that a query sees in each layer, itself included: (n_layer,) ints."""
+        span = {"S": max(1, self.seq_len // 2), "L": self.seq_len}
+        pattern = itertools.islice(itertools.cycle(self.window_pattern), self.n_layer - 1)
+        return (*(span[letter] for letter in pattern), self.seq_len)
+
+    def __post_init__(self):
+        object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
+        check_config(self)
+
+
+# %% [markdown]
+# The checks below read as rules. Those on `attn_impl` are the kernels' own: Splash works on blocks of at least 128
+# tokens, and JAX's TPU flash attention knows no windows. Better refused here than after a download of 5 GB.
+
+
+# %%
+def require(condition, field, value, remedy):
+    """Raises UserError naming the field, its value and what would be right, unless the condition holds."""
+    if not condition:
+        raise UserError(f"{field}={value!r}: {remedy}")
+
+
+def check_config(config):
+    """Raises UserError for the first field of a Config that cannot work."""
+    c = config
+    for name in ("n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_len", "device_batch_size"):
+        require(getattr(c, name) > 0, name, getattr(c, name), "must be a positive integer")
+    for name in ("total_batch_size", "num_iterations", "eval_tokens", "softcap", "rope_base", "learning_rate", "eps"):
+        require(getattr(c, name) > 0, name, getattr(c, name), "must be greater than 0")
+    for name in ("eval_every", "sample_every", "save_every", "grad_clip", "weight_decay"):
+        require(getattr(c, name) >= 0, name, getattr(c, name), "must not be negative")
+    for name in ("beta1", "beta2"):
+        require(0 <= getattr(c, name) < 1, name, getattr(c, name), "must lie in [0, 1)")
+    for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
+        require(0 <= getattr(c, name) <= 1, name, getattr(c, name), "must lie in [0, 1]")
+    ramps = c.warmup_ratio + c.warmdown_ratio
+    require(ramps <= 1, "warmup_ratio + warmdown_ratio", ramps, "must not exceed 1")
+    require(c.n_head % c.n_kv_head == 0, "n_kv_head", c.n_kv_head, f"must divide n_head={c.n_head}")
+    require(c.head_dim % 2 == 0, "head_dim", c.head_dim, "must be even: RoPE turns pairs of channels")
+    width = f"must be a multiple of aspect_ratio={c.aspect_ratio}, so that n_layer is whole"
+    require(c.n_embd % c.aspect_ratio == 0, "n_embd = n_head * head_dim", c.n_embd, width)
+    letters = bool(c.window_pattern) and set(c.window_pattern) <= {"S", "L"}
+    require(letters, "window_pattern", c.window_pattern, 'use the letters S and L, such as "SSSL" or "L"')
+    require(c.dtype in ("bfloat16", "float32"), "dtype", c.dtype, "use bfloat16 or float32")
+    batches = f"must be a multiple of device_batch_size={c.device_batch_size}"
+    require(c.total_batch_size % c.device_batch_size == 0, "total_batch_size", c.total_batch_size, batches)
+    check_attention(config)
+
+
+def check_attention(config):
+    """Raises UserError if the attention implementation cannot do what the Config asks of it."""
+    c = config
+    require(c.attn_impl in ATTENTIONS, "attn_impl", c.attn_impl, f"use one of {', '.join(ATTENTIONS)}")
+    if c.attn_impl in ("splash", "pallas"):
+        blocks = f"attn_impl={c.attn_impl!r} works on blocks of 128 tokens: use a multiple of 128, or attn_impl='jax'"
+        require(c.seq_len % 128 == 0, "seq_len", c.seq_len, blocks)
+    if c.attn_impl == "pallas":
+        remedy = "attn_impl='pallas' has no windows: use window_pattern='L', or attn_impl='splash'"
+        require(set(c.windows) == {c.seq_len}, "window_pattern", c.window_pattern, remedy)
+
+
+# %% [markdown]
+# ## Data
+#
+# Documents become one endless stream of tokens, each document opened by `<|bos|>`, and a batch is the next piece of
+# that stream: nothing is padded, nothing thrown away. A sequence may begin in the middle of a document; with 2048
+# tokens of context that costs less than the padding it saves. Beside each batch travels the position behind it: epoch,
+# shard, row group, document, and the tokens already made but not yet used. From there another process goes on exactly.
+
+
+# %%
+def token_stream(tokenizer, paths, batch_tokens, state=None, docs_per_call=32):
+    """Yields (tokens, state): int32 (batch_tokens + 1,), whose last token opens the next batch, and the state after it.
+
+    The state is {"epoch", "shard", "row_group", "document": ints, "tokens": int32 array of tokens left over}.
+    32 documents a call keep the tokenizer's two threads busy and hold the GIL for about 3 ms at a time.
+    """
+    state = state or {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "tokens": np.zeros(0, np.int32)}
+    epoch, position = state["epoch"], (state["shard"], state["row_group"], state["document"])
+    left, seen = np.asarray(state["tokens"], np.int32), None
+    while True:
+        documents = tok.read_documents(paths, start=position)
+        while chunk := list(itertools.islice(documents, docs_per_call)):
+            position = chunk[-1][0]
+            ids = tok.encode_batch(tokenizer, [text for _, text in chunk])
+            left = np.concatenate([left, *(np.asarray(i, np.int32) for i in ids)])
+            seen = None if seen is None else seen + sum(map(len, ids))
+            while len(left) > batch_tokens:
+                batch, left = left[: batch_tokens + 1], left[batch_tokens:]
+                names = zip(("shard", "row_group", "document"), position, strict=True)
+                yield batch, {"epoch": epoch, **dict(names), "tokens": left}
+        if seen is not None and seen <= batch_tokens:
+            raise UserError(f"the corpus has {seen:,} tokens, too few for one batch of {batch_tokens:,}: add documents")
+        epoch, position, seen = epoch + 1, (0, 0, 0), 0
+
+
+def batches_from(stream, config):
+    """Yields ((x, y), state) from a token stream: int32 (total_batch_size, T) each, y being x one token later."""
+    for tokens, state in stream:
+        yield (tokens[:-1].reshape(-1, config.seq_len), tokens[1:].reshape(-1, config.seq_len)), state
+
+
+# %% [markdown]
+# The loader reads and tokenizes in a thread and puts the next batches on the device while the current one is being
+# trained on. A thread is enough: the tokenizer releases the GIL while it works, and a step is one dispatch. Whatever
+# goes wrong in it is raised in the training loop at the next batch, with the thread's own traceback.
+
+
+# %%
+class PrefetchDataLoader:
+    """Iterates over (place(item), state) for the (item, state) pairs of `batches`, made ahead in a thread.
+
+    `depth` batches wait on the device, one more is in the making. `close()` (or leaving a `with` block) ends the
+    thread and frees what waits. An error in the thread is raised here, at the next batch, before any that waits.
+    """
+
+    def __init__(self, batches, place=lambda item: item, depth=2):
+        self._batches, self._place = batches, place
+        self._ready = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._error = None
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._thread.start()
+
+    def _work(self):
+        try:
+            for item, state in self._batches:
+                self._offer((self._place(item), state))
+                if self._stop.is_set():
+                    return
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._batches.close() if hasattr(self._batches, "close") else None
+
+    def _offer(self, pair):
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return self._ready.put(pair, timeout=0.05)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        while True:
+            if self._error is not None:
+                raise self._error
+            ended = self._stop.is_set() or not self._thread.is_alive()
+            with contextlib.suppress(queue.Empty):
+                return self._ready.get(timeout=0 if ended else 0.05)
+            if ended and self._error is None:
+                raise StopIteration
+
+    def close(self):
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+# %% [markdown]
+# The held-out set is a fixed number of tokens, cut into rows once, so that a run with another batch size is scored on
+# the very same tokens. It is scored in bits per byte, which another tokenizer cannot flatter, as nanochat does: special
+# tokens have no bytes and their loss is left out. The bar to pass is `gzip -9` on the same bytes, at 2.1 to 2.5.
+
+
+# %%
+class HeldOut(NamedTuple):
+    """Validation rows x, y (R, T) int32, and the same text's bits per byte under gzip -9, document by document."""
+
+    x: np.ndarray
+    y: np.ndarray
+    gzip_bpb: float
+
+
+def load_held_out(tokenizer, corpus, config):
+    """The first eval_tokens tokens of the held-out shards as a HeldOut; UserError if there are fewer."""
+    rows = max(1, config.eval_tokens // config.seq_len)
+    needed = rows * config.seq_len + 1
+    parts, total = [], 0
+    for _, text in tok.read_documents(corpus.val):
+        parts.append(tok.encode_batch(tokenizer, [text])[0])
+        if (total := total + len(parts[-1])) >= needed:
+            break
+    remedy = f"the held-out shards have {total:,} tokens: use at most that, less one sequence"
+    require(total >= needed, "eval_tokens", config.eval_tokens, remedy)
+    parts[-1] = parts[-1][: len(parts[-1]) - (total - needed)]
+    raw = tok.token_byte_strings(tokenizer)
+    gzip_bpb = tok.gzip_bits_per_byte(b"".join(raw[i] for i in ids) for ids in parts)
+    tokens = np.concatenate(parts).astype(np.int32)
+    return HeldOut(tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1), gzip_bpb)
+
+
+# %% [markdown]
+# ## Model
+#
+# Parameters are a plain pytree of float32 arrays. Head dimensions are axes of their own, so that an einsum makes heads
+# without a reshape. Projections out of a block start at zero: at step 0 the residual stream is the embedding alone and
+# the loss is exactly log(V), 10.4 nats at 32,768. RoPE tables ride along as constants; `split_trainable` parts them
+# from what is trained, counted and saved.
+
+
+# %%
+def rope_tables(config):
+    """Cosines and sines of the rotary angles: float32 (T, H / 2) each (Su et al., 2021)."""
+    frequencies = config.rope_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    angles = np.outer(np.arange(config.seq_len), frequencies)
+    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+
+def init_layer(config, key):
+    """One layer's weights, float32: inputs uniform with variance 1 / n_embd, outputs zero."""
+    D, N, K, H, F = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.mlp_dim
+    bound = math.sqrt(3 / D)
+    draw = lambda key, *shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    q, k, v, fc = jax.random.split(key, 4)
+    return {
+        "c_q": draw(q, D, N, H),
+        "c_k": draw(k, D, K, H),
+        "c_v": draw(v, D, K, H),
+        "c_proj": jnp.zeros((N, H, D)),
+        "c_fc": draw(fc, D, F),
+        "mlp_proj": jnp.zeros((F, D)),
+    }
+
+
+def init_params(config, key):
+    """All parameters and the RoPE tables as a pytree; see design.md's names: wte (V, D), lm_head (D, V), layers[i]."""
+    embed, head, *layers = jax.random.split(key, config.n_layer + 2)
+    return {
+        "wte": jax.random.normal(embed, (config.vocab_size, config.n_embd)),
+        "lm_head": 0.001 * jax.random.normal(head, (config.n_embd, config.vocab_size)),
+        "resid_lambdas": jnp.ones(config.n_layer),
+        "x0_lambdas": jnp.full(config.n_layer, 0.1),
+        "layers": [init_layer(config, key) for key in layers],
+        "rope": rope_tables(config),
+    }
+
+
+def split_trainable(params):
+    """(what is trained, the constants beside it); the optimizer, the count and the checkpoint see only the first."""
+    return {k: v for k, v in params.items() if k != "rope"}, {"rope": params["rope"]}
+
+
+def merge_params(trainable, constants):
+    """The inverse of split_trainable."""
+    return {**trainable, **constants}
+
+
+# %% [markdown]
+# ### Attention, four times
+#
+# One function, four implementations. `einsum` is the one to read: scores, mask, softmax, sum, with the full T x T
+# matrix in memory, 128 MiB a sequence and layer at the default size. `jax` is JAX's own, which takes cuDNN on a GPU.
+# `splash` and `pallas` are TPU kernels that never write that matrix down; Splash also skips the blocks that a window
+# masks. All take q (B, T, N, H) and k, v (B, T, K, H), where query head n reads key/value head n // (N / K), and the
+# tests hold them equal in value and gradient.
+
+
+# %%
+def masked_attention(q, k, v, mask):
+    """softmax(q k / sqrt(H)) v over the keys where mask (T, S) is true, softmax in float32; returns (B, T, N, H)."""
+    B, T, N, H = q.shape
+    q = q.reshape(B, T, k.shape[2], -1, H)  # query heads in groups g that share a key/value head
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def window_mask(queries, keys, window):
+    """True where a key position is not after the query's and among its last `window`: (len(queries), len(keys))."""
+    distance = queries[:, None] - keys[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def attention_einsum(q, k, v, window):
+    positions = jnp.arange(q.shape[1])
+    return masked_attention(q, k, v, window_mask(positions, positions, window))
+
+
+def attention_jax(q, k, v, window):
+    # A window of all T keys is left out: cuDNN has a faster path for plain causal attention.
+    local = None if window >= q.shape[1] else (window - 1, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
+
+
+def interpreted_off_tpu(kernel, *args):
+    """kernel(interpret, *args), with Pallas interpreting wherever the program is not compiled for a TPU.
+
+    The choice is made when the program is lowered, by its target and not by this host: a v6e program compiled on a
+    CPU gets the real kernel.
+    """
+    return jax.lax.platform_dependent(
+        *args, tpu=functools.partial(kernel, False), default=functools.partial(kernel, True)
+    )
+
+
+def attention_splash(q, k, v, window):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, N = q.shape[1], q.shape[2]
+    # Inclusive on both sides, so w - 1 keys to the left and none to the right are a causal window of w.
+    mask = splash.MultiHeadMask([splash.LocalMask((T, T), (window - 1, 0), 0)] * N)
+    block = math.gcd(T, 1024)  # 2048 does not fit VMEM; 512 took a quarter longer (ancestor's v6e timings)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks = splash.BlockSizes(**{f"block_{name}": block for name in names})
+
+    def kernel(interpret, q, k, v):
+        attend = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+        return jax.vmap(attend)(q, k, v)
+
+    heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]  # Splash does not scale by itself
+    return jnp.swapaxes(interpreted_off_tpu(kernel, *heads_first), 1, 2)
+
+
+def attention_pallas(q, k, v, window):
+    from jax.experimental.pallas import tpu as pltpu
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    T, group = q.shape[1], q.shape[2] // k.shape[2]
+    names = [field.name for field in dataclasses.fields(flash.BlockSizes)]
+    blocks = flash.BlockSizes(**{name: 1 if name == "block_b" else math.gcd(T, 512) for name in names})
+
+    def kernel(interpret, q, k, v):
+        with pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext():
+            return flash.flash_attention(q, k, v, causal=True, sm_scale=q.shape[-1] ** -0.5, block_sizes=blocks)
+
+    k, v = (jnp.repeat(a, group, axis=2) for a in (k, v))  # this kernel knows no grouped heads
+    return jnp.swapaxes(interpreted_off_tpu(kernel, *(jnp.swapaxes(a, 1, 2) for a in (q, k, v))), 1, 2)
+
+
+ATTENTIONS = {
+    "einsum": attention_einsum,
+    "jax": attention_jax,
+    "splash": attention_splash,
+    "pallas": attention_pallas,
+}
+
+# %% [markdown]
+# ### Blocks
+#
+# RoPE comes before QK-norm. A rotation does not change a vector's length, so either order gives the same numbers, and
+# this one is nanochat's. Normed queries and keys bound every score by sqrt(H), 11.3 at 128 channels, which is what lets
+# a learning rate this high train without divergence. The MLP squares its ReLU (So et al., *Primer*, 2021). Each layer
+# also mixes in the embedding it started from, with a weight of its own, 0.1 at first (modded-nanogpt's x0 lambdas).
+
+
+# %%
+def rms_norm(x):
+    """x / rms(x) over the last axis, computed in float32, no parameters (Zhang and Sennrich, 2019)."""
+    wide = x.astype(jnp.float32)
+    eps = jnp.finfo(jnp.float32).eps
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def apply_rope(x, cos, sin):
+    """Turns channel i of x (B, T, heads, H) against channel i + H / 2, as nanochat does; cos, sin (T, H / 2)."""
+    cos, sin = (table[:, None, :].astype(x.dtype) for table in (cos, sin))
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+
+
+def attention_block(layer, x, cos, sin, attend):
+    """What attention adds to the residual stream x (B, T, D); attend(q, k, v) -> (B, T, N, H)."""
+    x = rms_norm(x)
+    q = jnp.einsum("btd,dnh->btnh", x, layer["c_q"])
+    k = jnp.einsum("btd,dkh->btkh", x, layer["c_k"])
+    v = jnp.einsum("btd,dkh->btkh", x, layer["c_v"])
+    q, k = (rms_norm(apply_rope(a, cos, sin)) for a in (q, k))
+    return jnp.einsum("btnh,nhd->btd", attend(q, k, v), layer["c_proj"])
+
+
+def mlp_block(layer, x):
+    """What the MLP adds to the residual stream x (B, T, D)."""
+    hidden = jax.nn.relu(jnp.einsum("btd,df->btf", rms_norm(x), layer["c_fc"]))
+    return jnp.einsum("btf,fd->btd", hidden * hidden, layer["mlp_proj"])
+
+
+def cast_params(config, params):
+    """Parameters in the compute type: the float32 masters are read once a step, not once a microbatch."""
+    return jax.tree.map(lambda p: p.astype(config.dtype), params)
+
+
+def backbone(config, params, tokens, attend=None, start=0):
+    """Final hidden states (B, T, D), normed, in the compute type, for tokens (B, T) at positions start, start + 1, ...
+
+    attend(i, q, k, v) is layer i's attention; sampling hands in one that keeps a cache. params are cast already.
+    """
+    run_attention = ATTENTIONS[config.attn_impl]
+    attend = attend or (lambda i, q, k, v: run_attention(q, k, v, config.windows[i]))
+    cos, sin = (jax.lax.dynamic_slice_in_dim(t, start, tokens.shape[1]) for t in params["rope"])
+    with jax.named_scope("embedding"):
+        x = x0 = rms_norm(params["wte"][tokens])
+    for i, layer in enumerate(params["layers"]):
+        with jax.named_scope(f"layer_{i}/attention"):
+            x = params["resid_lambdas"][i] * x + params["x0_lambdas"][i] * x0
+            x = x + attention_block(layer, x, cos, sin, functools.partial(attend, i))
+        with jax.named_scope(f"layer_{i}/mlp"):
+            x = x + mlp_block(layer, x)
+    return rms_norm(x)
+
+
+class Model(NamedTuple):
+    """What makes one architecture: the functions that `train`, `generate` and the rest take."""
+
+    init_params: Callable
+    backbone: Callable
+
+
+GPT = Model(init_params, backbone)
+
+# %% [markdown]
+# ### Counting
+#
+# A multiplication by a weight costs 2 FLOPs forward and 4 backward, so 6 per parameter and token; the embedding is a
+# lookup and costs none. Attention adds 12 per channel and key that a query really sees: on average (T + 1) / 2 in a
+# causal layer, three eighths of T in an S layer. Many published MFU figures count all T keys, which at the default
+# size is 15 % more; both are printed.
+
+
+# %%
+def mean_keys(seq_len, window):
+    """Keys a query sees on average, under causality and a window of `window` keys."""
+    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+
+
+def count_params(config, model=GPT):
+    """Trained parameters by group: {"embed", "attention", "mlp", "lm_head", "scalars", "total"} -> int."""
+    shapes, _ = split_trainable(jax.eval_shape(functools.partial(model.init_params, config), jax.random.key(0)))
+    groups = dict.fromkeys(("embed", "attention", "mlp", "lm_head", "scalars"), 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else str(path[-1])
+        attention = name in ("c_q", "c_k", "c_v", "c_proj")
+        kind = {"wte": "embed", "lm_head": "lm_head"}.get(name) or ("attention" if attention else "mlp")
+        groups["scalars" if leaf.ndim < 2 else kind] += leaf.size
+    return {**groups, "total": sum(groups.values())}
+
+
+def flops_per_token(config, model=GPT, full_attention=False):
+    """Training FLOPs per token; full_attention counts all T keys per query, as many published MFU figures do."""
+    count = count_params(config, model)
+    spans = [config.seq_len if full_attention else mean_keys(config.seq_len, w) for w in config.windows]
+    return 6 * (count["total"] - count["embed"] - count["scalars"]) + 12 * config.n_embd * sum(spans)
+
+
+def describe_model(config, model=GPT):
+    """A table of parameters by group, and FLOPs per token, as text."""
+    count = count_params(config, model)
+    rows = [f"  {name:<10}{n:>14,}{n / count['total']:>8.1%}" for name, n in count.items()]
+    flops = flops_per_token(config, model), flops_per_token(config, model, full_attention=True)
+    return "\n".join(["parameters", *rows, "FLOPs per token: {:.3g} ({:.3g} counting all T keys)".format(*flops)])
+
+
+if __name__ == "__main__":
+    print(describe_model(Config()))
+
+# %% [markdown]
+# ## Loss and optimizer
+#
+# The logits are soft-capped, 15 tanh(z / 15), in float32: a cap keeps one confident token from dominating a batch,
+# and bfloat16 would leave 8 bits for a probability.
+#
+# The gradient of a step is the mean over microbatches of four sequences, which the compiler keeps in VMEM: on v6e,
+# 16 x 4 sequences were measured at 48 % MFU and 4 x 16 at 43 %.
+
+
+# %%
+def logits_of(config, params, hidden):
+    """Soft-capped logits (..., V) in float32 for hidden states (..., D)."""
+    with jax.named_scope("lm_head"):
+        z = jnp.einsum("...d,dv->...v", hidden, params["lm_head"], preferred_element_type=jnp.float32)
+        return config.softcap * jnp.tanh(z / config.softcap)
+
+
+def forward(config, params, tokens, model=GPT):
+    """Logits (B, T, V) in float32 for tokens (B, T) int32."""
+    params = cast_params(config, params)
+    return logits_of(config, params, model.backbone(config, params, tokens))
+
+
+def token_losses(config, params, x, y, model=GPT):
+    """Cross-entropy in nats of every token: float32 (B, T), for x, y (B, T) int32. params are cast already."""
+    logits = logits_of(config, params, model.backbone(config, params, x))
+    with jax.named_scope("loss"):
+        picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def loss_fn(config, params, x, y, model=GPT):
+    """Mean cross-entropy in nats per token, float32 scalar."""
+    return token_losses(config, cast_params(config, params), x, y, model).mean()
+
+
+# %% [markdown]
+# AdamW (Loshchilov and Hutter, 2019) is eight lines over a pytree. Weight decay falls on matrices only: a decayed
+# scalar would just be pulled from the value it was set to. The learning rate rises over the first 2 % of the steps,
+# stays, and falls linearly over the last half, nanochat's trapezoid: most of the gain in loss comes in that fall.
+
+
+# %%
+def learning_rate_at(config, step):
+    """The learning rate of a 0-based step: linear warm-up, constant, linear warm-down to final_lr_frac. float32."""
+    warmup = max(1, round(config.warmup_ratio * config.num_iterations))
+    warmdown = max(1, round(config.warmdown_ratio * config.num_iterations))
+    rise = jnp.minimum(1.0, (step + 1) / warmup)
+    left = jnp.clip((config.num_iterations - step) / warmdown, 0.0, 1.0)
+    return config.learning_rate * rise * (left + (1 - left) * config.final_lr_frac)
+
+
+def adamw_init(trainable):
+    """Zero first and second moments, float32, shaped as the parameters."""
+    zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
+    return {"mu": zeros(), "nu": zeros()}
+
+
+def adamw_update(config, trainable, moments, grads, step):
+    """(parameters, moments) after 0-based step `step`; decoupled weight decay on arrays of two and more axes."""
+    rate = learning_rate_at(config, step)
+    b1, b2, t = config.beta1, config.beta2, step + 1.0
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, moments["mu"], grads)
+    nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g * g, moments["nu"], grads)
+
+    def update(p, m, n):
+        direction = (m / (1 - b1**t)) / (jnp.sqrt(n / (1 - b2**t)) + config.eps)
+        return p - rate * (direction + (config.weight_decay * p if p.ndim > 1 else 0))
+
+    return jax.tree.map(update, trainable, mu, nu), {"mu": mu, "nu": nu}
+
+
+def global_norm(tree):
+    """Euclidean norm over all leaves, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+# %% [markdown]
+# A step is one program: microbatches in a `lax.scan` that sums float32 gradients, one mean over the devices, AdamW.
+# Parameters and moments are donated, so the new ones take the old ones' memory: 3.2 GB at the default size that would
+# otherwise exist twice. Each device runs the same code on its share of the batch (`shard_map` over a mesh of one axis)
+# and the gradients meet once a step, not once a microbatch. One chip is the mesh of one.
+
+
+# %%
+def make_mesh(devices=None):
+    """A one-dimensional mesh, axis "data", over the given or all local devices."""
+    return jax.sharding.Mesh(np.asarray(devices or jax.local_devices()), ("data",))
+
+
+def accumulate_grads(config, model, trainable, constants, x, y):
+    """Mean loss and float32 gradients over the microbatches of x, y (accumulation * device_batch_size, T)."""
+
+    def microbatch_loss(trainable, x, y):
+        return loss_fn(config, merge_params(trainable, constants), x, y, model)
+
+    def add(total, xy):
+        loss_and_grads = jax.value_and_grad(microbatch_loss)(trainable, *xy)
+        return jax.tree.map(jnp.add, total, loss_and_grads), None
+
+    micro = [a.reshape(-1, config.device_batch_size, a.shape[-1]) for a in (x, y)]
+    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (jnp.zeros(()), trainable))
+    total, _ = jax.lax.scan(add, zero, micro)
+    return jax.tree.map(lambda t: t / micro[0].shape[0], total)
+
+
+def init_state(config, mesh, model=GPT):
+    """(state, constants), replicated over the mesh; state is {"params", "mu", "nu", "step"}."""
+
+    def init(key):
+        trainable, constants = split_trainable(model.init_params(config, key))
+        return {"params": trainable, **adamw_init(trainable), "step": jnp.zeros((), jnp.int32)}, constants
+
+    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))(jax.random.key(config.param_seed))
+
+
+def make_train_step(config, mesh=None, model=GPT):
+    """The jitted step: (state, constants, x, y) -> (state, {"loss", "grad_norm", "lr"}), with the old state donated.
+
+    x, y: int32 (total_batch_size, T), sharded over the mesh's axis. A factory, because a module-level `jax.jit` would
+    go on running the old function after its cell was edited.
+    """
+    mesh = mesh or make_mesh()
+    check_mesh(config, mesh)
+    whole, split = PartitionSpec(), PartitionSpec("data")
+
+    def device_grads(trainable, constants, x, y):
+        return jax.lax.pmean(accumulate_grads(config, model, trainable, constants, x, y), "data")
+
+    all_grads = jax.shard_map(
+        device_grads, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=whole, check_vma=False
+    )
+
+    def train_step(state, constants, x, y):
+        loss, grads = all_grads(state["params"], constants, x, y)
+        with jax.named_scope("optimizer"):
+            norm = global_norm(grads)
+            if config.grad_clip:
+                grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.grad_clip / (norm + 1e-6)), grads)
+            params, moments = adamw_update(config, state["params"], state, grads, state["step"])
+        metrics = {"loss": loss, "grad_norm": norm, "lr": learning_rate_at(config, state["step"])}
+        return {"params": params, **moments, "step": state["step"] + 1}, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def check_mesh(config, mesh):
+    """Raises UserError unless total_batch_size divides into microbatches over the mesh's devices."""
+    unit = config.device_batch_size * mesh.size
+    remedy = f"must be a multiple of device_batch_size * devices = {config.device_batch_size} * {mesh.size}"
+    require(config.total_batch_size % unit == 0, "total_batch_size", config.total_batch_size, remedy)
+
+
+# %% [markdown]
+# ## Sampling
+#
+# A sampled token costs one pass over one position: keys and values of the past wait in a cache. The model's code is the
+# training code; only its attention is swapped for one that writes to the cache and reads from it. Prompt, loop and
+# choice of the next token are one program, so that 128 tokens cost one dispatch and not 128.
+
+
+# %%
+def pick_token(logits, key, temperature, top_k):
+    """Next tokens (B,) int32 from logits (B, V): the likeliest at temperature 0, else drawn from the top_k (0: all)."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if top_k:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+
+def run_cached(config, model, params, cache, tokens, start):
+    """Hidden states of tokens (B, t) at positions start, ..., and the cache with their keys and values added.
+
+    cache: per layer (k, v), each (B, S, K, H). Positions after start + t may hold anything: no query sees them.
+    """
+    queries = start + jnp.arange(tokens.shape[1])
+    keys = jnp.arange(cache[0][0].shape[1])
+    cache = list(cache)
+
+    def attend(i, q, k, v):
+        cache[i] = tuple(
+            jax.lax.dynamic_update_slice_in_dim(c, a, start, 1) for c, a in zip(cache[i], (k, v), strict=True)
+        )
+        return masked_attention(q, *cache[i], window_mask(queries, keys, config.windows[i]))
+
+    hidden = model.backbone(config, params, tokens, attend, start)
+    return hidden, tuple(cache)
+
+
+def make_sampler(config, max_new_tokens, temperature=0.0, top_k=0, model=GPT):
+    """A jitted (params, prompt, length, key) -> (B, max_new_tokens) int32.
+
+    prompt is (B, P) int32 of which the first `length` tokens count: a few padded sizes P serve all prompts without
+    compiling again.
+    """
+
+    def sample(params, prompt, length, key):
+        params = cast_params(config, params)
+        shape = (prompt.shape[0], prompt.shape[1] + max_new_tokens, config.n_kv_head, config.head_dim)
+        cache = tuple((jnp.zeros(shape, config.dtype),) * 2 for _ in range(config.n_layer))
+        choose = lambda hidden, key: pick_token(logits_of(config, params, hidden), key, temperature, top_k)
+
+        def next_token(carry, key):
+            cache, token, position = carry
+            hidden, cache = run_cached(config, model, params, cache, token[:, None], position)
+            token = choose(hidden[:, 0], key)
+            return (cache, token, position + 1), token
+
+        hidden, cache = run_cached(config, model, params, cache, prompt, 0)
+        first_key, *keys = jax.random.split(key, max_new_tokens)
+        first = choose(jax.lax.dynamic_index_in_dim(hidden, length - 1, 1, keepdims=False), first_key)
+        _, rest = jax.lax.scan(
+            next_token, (cache, first, length), jnp.stack(keys) if keys else None, max_new_tokens - 1
+        )
+        return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+    return jax.jit(sample)
+
+
+def generate(config, params, prompt, max_new_tokens, temperature=0.0, top_k=0, seed=0, model=GPT, sampler=None):
+    """max_new_tokens token ids that go on from the token ids in `prompt`; hand in a `make_sampler` to compile once."""
+    room = config.seq_len - len(prompt)
+    require(len(prompt) > 0, "prompt", prompt, "give at least one token, such as <|bos|>")
+    require(0 < max_new_tokens <= room, "max_new_tokens", max_new_tokens, f"seq_len leaves room for 1 to {room}")
+    require(0 <= top_k <= config.vocab_size, "top_k", top_k, f"use 0 (all) to vocab_size={config.vocab_size}")
+    require(temperature >= 0, "temperature", temperature, "use 0 (greedy) or more")
+    sampler = sampler or make_sampler(config, max_new_tokens, temperature, top_k, model)
+    padded = min(max(16, 1 << (len(prompt) - 1).bit_length()), config.seq_len - max_new_tokens)
+    tokens = np.zeros((1, padded), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    return np.asarray(sampler(params, tokens, len(prompt), jax.random.key(seed))[0]).tolist()
+
+
+# %% [markdown]
+# ## Checkpoint
+#
+# A run leaves one folder, in formats that anything can read: `config.json`, `metrics.jsonl`, `loss.png`, `profile/` and
+# `checkpoints/`. A checkpoint is written beside its place and renamed, so it is there whole or not at all: 1.1 GB of
+# weights and 2.1 GB of moments at the default size, as safetensors, which no reader has to trust.
+
+
+# %%
+def path_name(path):
+    """A pytree path as one word: layers.0.c_q."""
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def flatten(tree):
+    """{"layers.0.c_q": NumPy array, ...} of a pytree of dicts, lists and tuples."""
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(template, arrays):
+    """The inverse of flatten, in the shape of `template`; UserError names an array that is missing or ill-shaped."""
+
+    def find(path, leaf):
+        name = path_name(path)
+        require(name in arrays, "checkpoint", name, "this array is missing: the checkpoint is of another model")
+        shape = arrays[name].shape
+        require(shape == leaf.shape, "checkpoint", f"{name} {shape}", f"the model has {leaf.shape}: another config?")
+        return arrays[name]
+
+    return jax.tree_util.tree_map_with_path(find, template)
+
+
+def save_checkpoint(run_dir, config, state, stream, notes):
+    """Writes run_dir/checkpoints/step_NNNNNNNN and returns its path.
+
+    state is the train state, stream the data stream's state behind it, notes anything JSON can hold. If the folder
+    is there already, from the same step of the same run, it stays.
+    """
+    arrays = flatten(state)
+    path = Path(run_dir) / "checkpoints" / f"step_{int(state['step']):08d}"
+    if path.exists():
+        return path
+    metrics = Path(run_dir) / "metrics.jsonl"
+    with common.atomic_write(path) as folder:
+        folder.mkdir()
+        weights = {name.removeprefix("params."): a for name, a in arrays.items() if name.startswith("params.")}
+        rest = {name: a for name, a in arrays.items() if not name.startswith("params.")}
+        save_file(weights, folder / "params.safetensors")
+        save_file({**rest, "stream.tokens": stream["tokens"]}, folder / "optimizer.safetensors")
+        position = {name: value for name, value in stream.items() if name != "tokens"}
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+        (folder / "state.json").write_text(json.dumps({"stream": position, **notes}, indent=2))
+        (folder / "metrics.jsonl").write_bytes(metrics.read_bytes() if metrics.exists() else b"")
+    return path
+
+
+def load_checkpoint(path, config, mesh, model=GPT):
+    """(state, stream, notes) of a checkpoint folder, the state replicated over the mesh."""
+    template = jax.eval_shape(functools.partial(init_state, config, mesh, model))[0]
+    weights, rest = (load_file(Path(path) / f"{name}.safetensors") for name in ("params", "optimizer"))
+    notes = json.loads((Path(path) / "state.json").read_text())
+    stream = {**notes.pop("stream"), "tokens": rest.pop("stream.tokens")}
+    state = unflatten(template, {**{f"params.{name}": a for name, a in weights.items()}, **rest})
+    return jax.device_put(state, NamedSharding(mesh, PartitionSpec())), stream, notes
+
+
+def newest_checkpoint(run_dir):
+    """The path of a run's newest checkpoint, or None."""
+    return max(Path(run_dir).glob("checkpoints/step_*"), default=None)
+
+
+# %% [markdown]
+# ## Train
+#
+# What a step cost and what it learned is read from the device every ten steps and one step late, so that the chip
+# always has the next step queued while the host looks at the last: a `float(loss)` every step leaves it idle in
+# between. That is also where a loss that is no longer a number stops the run, with the last good checkpoint in place.
+
+# %%
+PEAK_FLOPS = {  # dense bfloat16, by jax's device_kind: cloud.google.com/tpu/docs and NVIDIA's data sheets
+    "TPU v6 lite": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v4": 275e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class RunLog:
+    """Metrics of a run: metrics.jsonl, the progress bar, and `on_log(row)` for whoever else listens.
+
+    `add` takes a step's metrics while they are still on the device; `flush` fetches them, which waits for that step.
+    """
+
+    def __init__(self, run_dir, config, mesh, model, first_step, on_log=None, every=10):
+        from tqdm.auto import tqdm
+
+        self.rows, self._pending, self._every, self._on_log = [], [], every, on_log
+        self._tokens = config.total_batch_size * config.seq_len
+        peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+        self._peak = peak and peak * mesh.size / flops_per_token(config, model)  # tokens/s at full use
+        self._file = open(Path(run_dir) / "metrics.jsonl", "a")
+        self._bar = tqdm(total=config.num_iterations, initial=first_step, unit="step", mininterval=1.0)
+        self._shown, self._since, self._timed = {}, None, 0
+
+    def add(self, step, metrics):
+        """Notes the metrics of 0-based step `step`; fetches those before it every ten steps."""
+        self._pending.append((step, metrics))
+        if len(self._pending) > self._every:
+            self.flush(keep=1)
+
+    def flush(self, keep=0):
+        """Fetches and writes what is pending, but for the newest `keep` steps; UserError if a loss is not finite."""
+        ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
+        fetched = jax.device_get([metrics for _, metrics in ready])
+        now = time.perf_counter()
+        if self._since is not None and ready:
+            rate = len(ready) * self._tokens / (now - self._since)
+            self._shown["tok/s"] = f"{rate:,.0f}"
+            self._shown |= {"MFU": f"{rate / self._peak:.1%}"} if self._peak else {}
+        self._since = now
+        for (step, _), metrics in zip(ready, fetched, strict=True):
+            row = {"step": step + 1, **{name: float(value) for name, value in metrics.items()}}
+            if not math.isfinite(row["loss"]):
+                raise UserError(
+                    f"the loss of step {row['step']} is {row['loss']}: lower learning_rate or set grad_clip"
+                )
+            self._shown |= {"loss": f"{row['loss']:.3f}", "lr": f"{row['lr']:.1e}"}
+            self.write(row)
+        self._bar.update(len(ready))
+        self._bar.set_postfix(self._shown)
+
+    def write(self, row):
+        """Adds one row of metrics."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._on_log:
+            self._on_log(row)
+
+    def show(self, **values):
+        """Puts values into the progress bar."""
+        self._shown |= values
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Fetches everything, and leaves the time of what is done inside out of the next tok/s."""
+        self.flush()
+        yield
+        self._since = time.perf_counter()
+
+    def say(self, text):
+        """Prints a line above the progress bar."""
+        self._bar.write(text)
+
+    def close(self):
+        self._bar.close()
+        self._file.close()
+
+
+# %% [markdown]
+# The profile is five steps, 15 to 20: late enough that compilation is over, short enough that XProf gets every row of
+# the device. Python's own frames are left out; they would be 90 % of the file and tell nothing about the chip.
+
+
+# %%
+class ProfileWindow:
+    """Traces `count` steps from `first` into `folder`, for XProf; a run too short for that traces its last ones."""
+
+    def __init__(self, folder, num_steps, first=15, count=5):
+        self._folder = Path(folder)
+        self._first = max(0, min(first, num_steps - count))
+        self._last = min(num_steps, self._first + count) - 1
+        self._on = False
+
+    def before(self, step):
+        """Starts the trace if `step` (counted in this process) opens the window."""
+        if step == self._first:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(self._folder, profiler_options=options)
+            self._on = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, step, result):
+        """Stops the trace, once `result` is computed, if `step` closes the window."""
+        if self._on and step >= self._last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self):
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+
+
+# %%
+def make_evaluator(config, mesh, held_out, token_bytes, model=GPT):
+    """A function of (trainable, constants) -> (mean loss in nats per token, bits per byte) on the held-out rows.
+
+    Rows that fill the last batch up count nothing, so the score does not depend on the batch size.
+    """
+    rows = config.device_batch_size * mesh.size
+    place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+
+    def sums(trainable, constants, x, y):
+        params = cast_params(config, merge_params(trainable, constants))
+        losses = token_losses(config, params, x, jnp.maximum(y, 0), model)
+        size = jnp.where(y >= 0, jnp.asarray(token_bytes)[jnp.maximum(y, 0)], 0)
+        parts = losses * (y >= 0), losses * (size > 0), size
+        return jax.lax.psum(jnp.stack([part.sum().astype(jnp.float32) for part in parts]), "data")
+
+    split = PartitionSpec("data")
+    specs = (PartitionSpec(), PartitionSpec(), split, split)
+    step = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False))
+
+    def evaluate(trainable, constants):
+        totals = []
+        for i in range(0, len(held_out.x), rows):
+            missing = max(0, i + rows - len(held_out.x))
+            fill = lambda a, value, i=i, missing=missing: np.pad(
+                a[i : i + rows], ((0, missing), (0, 0)), constant_values=value
+            )
+            totals.append(step(trainable, constants, place(fill(held_out.x, 0)), place(fill(held_out.y, -1))))
+        nats, counted, size = np.sum(jax.device_get(totals), axis=0, dtype=np.float64)
+        return nats / held_out.y.size, counted / math.log(2) / size
+
+    return evaluate
+
+
+# %%
+def check_tokenizer(config, tokenizer):
+    """Raises UserError unless the tokenizer has exactly vocab_size tokens."""
+    size = tokenizer.get_vocab_size()
+    require(size == config.vocab_size, "vocab_size", config.vocab_size, f"the tokenizer has {size} tokens: use {size}")
+
+
+def describe_run(config, corpus, tokenizer, mesh, gzip_bpb):
+    """What produced a run, for its config.json: nothing secret, nothing of the user's machine but its device."""
+    return {
+        "config": dataclasses.asdict(config),
+        "data": {"name": corpus.name, "revision": corpus.revision, "shards": len(corpus.train)},
+        "tokenizer_sha256": tok.tokenizer_hash(tokenizer),
+        "gzip_bits_per_byte": gzip_bpb,
+        "commit": common.git_commit(),
+        "jax": jax.__version__,
+        "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    }
+
+
+def start_run(run_dir, config, corpus, tokenizer, mesh, held_out, model):
+    """(state, constants, stream, notes): from the run's newest checkpoint if it has one, else from the seed."""
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    state, constants = init_state(config, mesh, model)
+    stream, notes, checkpoint = None, {"best_val_bpb": None}, newest_checkpoint(run_dir)
+    if checkpoint:
+        state, stream, notes = load_checkpoint(checkpoint, config, mesh, model)
+        say(f"resuming: {run_dir} goes on behind step {int(state['step']):,} of {config.num_iterations:,}")
+    with common.atomic_write(run_dir / "metrics.jsonl") as part:  # rows behind the checkpoint will be made again
+        part.write_bytes((checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
+    with common.atomic_write(run_dir / "config.json") as part:
+        description = describe_run(config, corpus, tokenizer, mesh, held_out.gzip_bpb)
+        part.write_text(json.dumps(description, indent=2) + "\n")
+    return state, constants, stream, notes
+
+
+SAMPLE_TOKENS = 64
+
+
+def make_sample_writer(config, tokenizer, prompts, model=GPT):
+    """A function of params -> [(prompt, continuation)]: 64 tokens at most, temperature 0.8, top 50, up to a <|bos|>."""
+    count = min(SAMPLE_TOKENS, config.seq_len // 2)
+    sampler = make_sampler(config, count, temperature=0.8, top_k=50, model=model)
+    bos = tokenizer.token_to_id(tok.SPECIAL_TOKENS[0])
+
+    def write(params, prompt, seed):
+        ids = tok.encode_batch(tokenizer, [prompt])[0]
+        new = generate(config, params, ids, count, seed=seed, model=model, sampler=sampler)
+        return prompt, tokenizer.decode(new[: new.index(bos)] if bos in new else new)
+
+    return lambda params: [write(params, prompt, seed) for seed, prompt in enumerate(prompts)]
+
+
+# %% [markdown]
+# Everything meets here. The order at the end of a step is not a matter of taste: save first, then evaluate, then
+# sample, because the latter two need memory that training did not, and a run of 29 hours has been lost to an evaluation
+# that ran out of it (nanochat#446). An interrupt is noted and obeyed between two steps, so that parameters, moments and
+# position in the data always belong together; a second one breaks off at once.
+
+
+# %%
+class Result(NamedTuple):
+    """What `train` returns. params is the trained pytree on the device; losses are of the last evaluation."""
+
+    params: dict
+    step: int
+    val_loss: float | None
+    val_bpb: float | None
+    gzip_bpb: float
+    samples: list
+    run_dir: Path
+
+
+def due(every, step, config):
+    """Whether something done every `every` steps falls behind 0-based `step`; what ends the run is done elsewhere."""
+    return every and (step + 1) % every == 0 and step + 1 < config.num_iterations
+
+
+def train(config, corpus, tokenizer, run_dir, *, model=GPT, mesh=None, prompts=(), on_log=None):
+    """Trains from where `run_dir` stands to config.num_iterations and returns a Result.
+
+    on_log(row) gets every row of metrics.jsonl as a dict. KeyboardInterrupt saves what was reached and returns it.
+    UserError: bad input, or a loss that is not finite; the last checkpoint stays.
+    """
+    mesh = mesh or make_mesh()
+    check_tokenizer(config, tokenizer)
+    train_step = make_train_step(config, mesh, model)
+    held_out = load_held_out(tokenizer, corpus, config)
+    evaluate = make_evaluator(config, mesh, held_out, tok.token_byte_lengths(tokenizer), model)
+    write_samples = make_sample_writer(config, tokenizer, prompts, model)
+    state, constants, stream, notes = start_run(run_dir, config, corpus, tokenizer, mesh, held_out, model)
+    first, scores, samples = int(state["step"]), (None, None), []
+    tokens = token_stream(tokenizer, corpus.train, config.total_batch_size * config.seq_len, stream)
+    place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+    log = RunLog(run_dir, config, mesh, model, first, on_log)
+    profile = ProfileWindow(Path(run_dir) / "profile", config.num_iterations - first)
+
+    def save():
+        with log.pause():
+            return save_checkpoint(run_dir, config, state, stream, notes)
+
+    def score():
+        with log.pause():
+            loss, bpb = evaluate(state["params"], constants)
+            log.show(val=f"{bpb:.3f} bpb")
+            log.write({"step": int(state["step"]), "val_loss": loss, "val_bpb": bpb})
+            notes["best_val_bpb"] = min(bpb, notes["best_val_bpb"] or bpb)
+            plot_losses(log.rows, held_out.gzip_bpb, Path(run_dir) / "loss.png")
+            return loss, bpb
+
+    def sample():
+        with log.pause():
+            return write_samples(merge_params(state["params"], constants))
+
+    with contextlib.ExitStack() as stack:
+        for resource in (log, profile):
+            stack.callback(resource.close)
+        loader = stack.enter_context(PrefetchDataLoader(batches_from(tokens, config), place))
+        stop = stack.enter_context(common.deferred_interrupt())
+        for step in range(first, config.num_iterations):
+            (x, y), position = next(loader)
+            with profile.before(step - first):
+                state, metrics = train_step(state, constants, x, y)
+            stream = position
+            profile.after(step - first, metrics)
+            log.add(step, metrics)
+            if stop.requested:
+                break
+            if due(config.save_every, step, config):
+                save()
+            if due(config.eval_every, step, config):
+                scores = score()
+            if due(config.sample_every, step, config):
+                for prompt, text in sample():
+                    log.say(f"step {step + 1}: {prompt!r} -> {text!r}")
+        if int(state["step"]) > first:
+            save()
+        if stop.requested:
+            say(f"interrupted behind step {int(state['step']):,}: saved; the same command goes on from there")
+        else:
+            scores, samples = score(), sample()
+    return Result(
+        merge_params(state["params"], constants), int(state["step"]), *scores, held_out.gzip_bpb, samples, run_dir
+    )
+
+
+# %% [markdown]
+# The curve that tells a run's story: every step's training loss faintly, its running mean over 20 steps firmly, the
+# held-out loss as dots, and the learning rate below, since most bends in the one are bends in the other.
+
+
+# %%
+def plot_losses(rows, gzip_bpb, path):
+    """Writes loss.png from rows of metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    steps = [row for row in rows if "loss" in row]
+    evals = [row for row in rows if "val_bpb" in row]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    x, loss = [row["step"] for row in steps], np.array([row["loss"] for row in steps])
+    above.plot(x, loss, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, every step")
+    if len(loss) >= 20:
+        mean = np.convolve(loss, np.ones(20) / 20, mode="valid")
+        above.plot(x[19:], mean, color="tab:blue", label="training, mean of 20")
+    above.plot(
+        [row["step"] for row in evals], [row["val_loss"] for row in evals], "o-", color="tab:orange", label="held out"
+    )
+    bpb = f": {evals[-1]['val_bpb']:.3f} bits per byte held out, gzip -9 {gzip_bpb:.3f}" if evals else ""
+    above.set(title=f"Loss{bpb}", ylabel="cross-entropy, nats per token", yscale="log")
+    above.yaxis.set_major_formatter("{x:.3g}")
+    above.yaxis.set_minor_formatter("{x:.3g}")
+    above.legend()
+    above.grid(alpha=0.3, which="both")
+    below.plot(x, [row["lr"] for row in steps], color="tab:green")
+    below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    below.grid(alpha=0.3)
+    with common.atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+# %% [markdown]
+# ## Run
+#
+# What runs is decided by what is here, said in a line each, and yours to change: write `OVERRIDES` the way it would
+# stand on a command line, `"--preset laptop --num_iterations 200"`, or pass the same words to `uv run 02_train.py`. The
+# laptop preset is the same code at 1/50 of the size. A run is named after its settings, so that running all cells
+# again goes on where it stopped, and a changed setting starts a new run.
+
+# %%
+PRESETS = {
+    "chip": {},
+    "gpu": {"attn_impl": "jax", "device_batch_size": 16},
+    "laptop": {
+        "n_head": 4,
+        "head_dim": 64,
+        "vocab_size": 8192,
+        "seq_len": 256,
+        "attn_impl": "einsum",
+        "dtype": "float32",
+        "device_batch_size": 8,
+        "total_batch_size": 8,
+        "num_iterations": 800,
+        "learning_rate": 3e-3,
+        "eval_every": 200,
+        "eval_tokens": 1 << 16,
+        "sample_every": 0,
+        "save_every": 400,
+    },
+}
+PRESET_OF = {"tpu": "chip", "gpu": "gpu", "cpu": "laptop"}
+PROMPTS = {
+    "stdlib": ("import ", "def __init__(self", '    """Return '),
+    "": ("The capital of France is", "If yesterday was Friday, then", "The chemical symbol of gold is"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What to run, on which data, and where to leave it."""
+
+    preset: str = setting("", "chip, gpu or laptop; empty: by the device")
+    data: str = setting("", "offline, fineweb, or a folder of parquet shards; empty: offline for laptop, else fineweb")
+    num_shards: int = setting(0, "FineWeb-Edu shards to train on, 50M tokens each; 0: as many as the run needs")
+    name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")
+    out: str = setting("runs", "folder for the runs")
+    hub_repo: str = setting("", "Hub repository to upload to, where there is a token; empty: <you>/onechip-<name>")
+
+
+def name_run(run, config):
+    """A name that is the same for the same settings, so that a second start resumes the first."""
+    settings = json.dumps([run.data, run.num_shards, dataclasses.asdict(config)], sort_keys=True)
+    data = Path(run.data).name
+    return f"{run.preset}-{data}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
+
+
+def choose(overrides="", presets=PRESETS, config_class=Config):
+    """(Run, Config) with nothing left open: presets by the device, then what the user set. Says what and why."""
+    run, fields = common.parse_settings(Run, config_class, overrides=overrides)
+    run, device = Run(**run), jax.local_devices()[0]
+    preset = run.preset or PRESET_OF.get(device.platform, "gpu")
+    require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
+    config = config_class(**{**presets[preset], **fields})
+    data = run.data or ("offline" if preset == "laptop" else "fineweb")
+    tokens = config.num_iterations * config.total_batch_size * config.seq_len
+    shards = run.num_shards or min(1000, math.ceil(tokens / 50e6))
+    run = dataclasses.replace(run, preset=preset, data=data, num_shards=shards)
+    run = dataclasses.replace(run, name=run.name or name_run(run, config))
+    because = "as set" if "preset" in fields else f"the device is {device.platform}"
+    say(
+        f"device: {jax.local_device_count()} x {device.device_kind} (jax {jax.__version__}, {os.cpu_count()} CPU cores)"
+    )
+    say(f"preset: {preset} ({because}); data: {data}; set with --preset and --data, --help lists all settings")
+    say(
+        f"run: {run.out}/{run.name}, {config.num_iterations:,} steps of {config.total_batch_size} x {config.seq_len} "
+        f"tokens, {tokens / 1e6:,.1f}M in all"
+    )
+    return run, config
+
+
+# %%
+OVERRIDES = ""  # @param {type:"string"}
+
+if __name__ == "__main__":
+    run, config = choose(OVERRIDES)
+    hub_token = common.read_secret("HF_TOKEN")
+    print(describe_model(config))
+    corpus = tok.get_corpus(run.data, run.num_shards)
+    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
+    prompts = PROMPTS.get(corpus.name, PROMPTS[""])
+    result = train(config, corpus, tokenizer, Path(run.out) / run.name, prompts=prompts)

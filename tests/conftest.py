@@ -1,0 +1,25 @@
+"""Every test: no network beyond loopback, no file in the user's home, the repository's modules importable."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHILD = ROOT / "tests" / "child"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(CHILD)]
+
+# Kept by name: its finalizer removes the folder when the interpreter ends.
+_scratch = tempfile.TemporaryDirectory(prefix="onechip-tests-", ignore_cleanup_errors=True)
+os.environ["ONECHIP_HOME"] = os.path.join(_scratch.name, "onechip")
+os.environ["HF_HOME"] = os.path.join(_scratch.name, "huggingface")
+for name in list(os.environ):
+    # A secret of the machine's user must not send a test to a real account, nor a proxy past the block.
+    if name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY") or name.lower().endswith("_proxy"):
+        del os.environ[name]
+
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHILD), os.environ.get("PYTHONPATH")]))
+
+import offline  # noqa: E402, F401  (this process too)
+
+import common  # noqa: E402, F401  (before jax: it keeps a libtpu that has no TPU quiet)

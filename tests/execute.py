@@ -1,0 +1,39 @@
+"""Runs a notebook in a real kernel, as a user does who edits its visible OVERRIDES line first."""
+
+import os
+import re
+
+import nbformat
+from nbclient import NotebookClient
+
+_MODEL = (
+    "--n_head 2 --n_kv_head 1 --head_dim 16 --aspect_ratio 16 --seq_len 64 --vocab_size 512 "
+    "--device_batch_size 2 --total_batch_size 256 --num_iterations 5"
+)
+# The smallest run of each notebook that still passes through all of it.
+TINY = {"01_tokenizer": "--vocab_size 512", "02_train": _MODEL}
+
+
+def set_overrides(notebook, flags):
+    """Writes `flags` into the one line `OVERRIDES = "..."` of a notebook."""
+    line = re.compile(r'^OVERRIDES = "[^"]*"', re.MULTILINE)
+    holders = [cell for cell in notebook.cells if cell.cell_type == "code" and line.search(cell.source)]
+    assert len(holders) == 1, "a notebook has one visible OVERRIDES line"
+    holders[0].source = line.sub(f'OVERRIDES = "{flags}"', holders[0].source)
+
+
+def run_notebook(notebook, folder, **environment):
+    """Executes `notebook` (changed in place) with `folder` as its working directory; returns all it printed."""
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
+    client.execute(env=os.environ | environment)
+    return "".join(
+        output.get("text", "") or output.get("data", {}).get("text/plain", "") + "\n"
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    )
+
+
+def run_cells(cells, folder, **environment):
+    """Executes source strings as the cells of a new notebook; returns all they printed."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    return run_notebook(notebook, folder, **environment)
