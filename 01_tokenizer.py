@@ -301,6 +301,8 @@ def try_again(action, what: str):
     for attempt in range(DOWNLOAD_ATTEMPTS):
         try:
             return action()
+        except UserError:
+            raise
         except Exception as error:  # httpx's, huggingface_hub's and the system's errors have no common class
             final = is_final(error)
             if final or attempt == DOWNLOAD_ATTEMPTS - 1:
@@ -339,7 +341,10 @@ def download_shard(name: str, directory: Path, revision: str, sha256: str | None
                 arrived = hashlib.file_digest(file, "sha256").hexdigest()
             if sha256 and arrived != sha256:
                 raise OSError(f"SHA-256 {arrived[:12]} is not the Hub's {sha256[:12]}")
-            open_shard(part).close()
+            try:
+                open_shard(part).close()
+            except UserError as error:
+                raise UserError(str(error).replace(str(part), f"{name} of {FINEWEB_REPO}")) from None
             return part.stat().st_size
 
     return try_again(fetch, name)
@@ -349,6 +354,8 @@ def fineweb_corpus(num_shards: int, directory: Path | None = None, revision: str
     """FineWeb-Edu: the first `num_shards` shards to train on and the dataset's last one held out; downloads once."""
     if not 1 <= num_shards <= FINEWEB_LAST_SHARD:
         raise UserError(f"num_shards must be 1 to {FINEWEB_LAST_SHARD}, not {num_shards}")
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        raise UserError(f"revision must be a commit of {FINEWEB_REPO} (40 hexadecimal digits), not {revision!r}")
     directory = Path(directory or common.home() / f"fineweb-edu-{revision[:12]}")
     names = [f"shard_{i:05d}.parquet" for i in [*range(num_shards), FINEWEB_LAST_SHARD]]
     missing = [name for name in names if not (directory / name).exists()]
@@ -366,6 +373,7 @@ def download_shards(names: list[str], directory: Path, revision: str) -> None:
     listed = list_shards(names, revision)
     size = sum(listed[name].size for name in names)
     say(f"download: {len(names)} shards, {size / 1e6:,.0f} MB, of {FINEWEB_REPO} at {revision[:12]} to {directory}")
+    their_bars = not hub.utils.are_progress_bars_disabled()
     hub.utils.disable_progress_bars()  # one bar for all, in place of one for each
     pool = concurrent.futures.ThreadPoolExecutor(DOWNLOADS_AT_ONCE)
     try:
@@ -378,7 +386,8 @@ def download_shards(names: list[str], directory: Path, revision: str) -> None:
                 bar.update(job.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        hub.utils.enable_progress_bars()
+        if their_bars:
+            hub.utils.enable_progress_bars()
 
 
 # %% [markdown]
@@ -698,9 +707,9 @@ def held_out_samples(corpus: Corpus, max_documents: int = 1_000) -> dict[str, tu
 # %% [markdown]
 # Compared with what? A byte is a token where there is no tokenizer: 1.0. Two more of our own vocabulary size are
 # trained on the same text, one with GPT-2's pattern, one that cuts at white space only, so that the pattern is all that
-# differs. The shortest output is not the aim by itself: white space alone wins on code, as `self.name` becomes one token,
-# and pays with a vocabulary full of such compounds. Where `tiktoken` is installed and can load its tables, GPT-2 and GPT-4 are shown as well, at 50,257 and
-# 100,277 tokens: larger vocabularies, which buy part of their lead.
+# differs. The shortest output is not the aim by itself: white space alone wins on code, as `self.name` becomes one
+# token, and pays with a vocabulary full of such compounds. Where `tiktoken` is installed and can load its tables, GPT-2
+# and GPT-4 are shown as well, at 50,257 and 100,277 tokens: larger vocabularies, which buy part of their lead.
 
 
 # %%
@@ -816,7 +825,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     raw = token_byte_strings(tokenizer)
     example = "def halve(x):  # 1024 becomes 512, and <|bos|> is only text"
-    say(" | ".join(raw[i].decode(errors="replace") or "BOS" for i in encode_batch(tokenizer, [example])[0]))
+    say(" · ".join(raw[i].decode(errors="replace") or "BOS" for i in encode_batch(tokenizer, [example])[0]))
     say(f"bytes per token id: {np.mean(token_byte_lengths(tokenizer)):.2f} on average, {max(map(len, raw))} at most")
     held_out = [text.encode() for _, (_, text) in zip(range(1_000), read_documents(corpus.val), strict=False)]
     say(f"gzip -9, document by document: {gzip_bits_per_byte(held_out):.3f} bits per byte of held-out text")
@@ -836,8 +845,9 @@ def write_card(corpus: Corpus, vocab_size: int, table: str) -> str:
         "---\nlibrary_name: tokenizers\ntags:\n- bpe\n- onechip\n---\n"
         f"# A byte-level BPE of {vocab_size:,} tokens\n\n"
         f"Trained by onechip's `01_tokenizer` on `{corpus.name}` at revision `{corpus.revision}`, with nanochat's "
-        "split pattern and special tokens. Load it with `tokenizers.Tokenizer.from_file` and set `encode_special_tokens = "
-        f"True` before encoding text that you did not write.\n\n```\n{table}\n```\n"
+        "split pattern and special tokens. Load it with `tokenizers.Tokenizer.from_file` and set "
+        "`encode_special_tokens = True` before encoding text that you did not write.\n\n"
+        f"```\n{table}\n```\n"
     )
 
 

@@ -38,8 +38,9 @@ import json
 import math
 import os
 import queue
+import shutil
+import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -685,14 +686,16 @@ def accumulate_grads(config, model, trainable, constants, x, y):
     return jax.tree.map(lambda t: t / micro[0].shape[0], total)
 
 
+def new_state(config, model, key):
+    """(state, constants) of step 0; state is {"params", "mu", "nu", "step"}."""
+    trainable, constants = split_trainable(model.init_params(config, key))
+    return {"params": trainable, **adamw_init(trainable), "step": jnp.zeros((), jnp.int32)}, constants
+
+
 def init_state(config, mesh, model=GPT):
-    """(state, constants), replicated over the mesh; state is {"params", "mu", "nu", "step"}."""
-
-    def init(key):
-        trainable, constants = split_trainable(model.init_params(config, key))
-        return {"params": trainable, **adamw_init(trainable), "step": jnp.zeros((), jnp.int32)}, constants
-
-    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))(jax.random.key(config.param_seed))
+    """(state, constants) of step 0 from param_seed, replicated over the mesh."""
+    init = jax.jit(functools.partial(new_state, config, model), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return init(jax.random.key(config.param_seed))
 
 
 def make_train_step(config, mesh=None, model=GPT):
@@ -730,6 +733,41 @@ def check_mesh(config, mesh):
     unit = config.device_batch_size * mesh.size
     remedy = f"must be a multiple of device_batch_size * devices = {config.device_batch_size} * {mesh.size}"
     require(config.total_batch_size % unit == 0, "total_batch_size", config.total_batch_size, remedy)
+
+
+# %% [markdown]
+# ### Compiled for a chip that is not here
+#
+# The compiler for a TPU needs no TPU. `compile_for_chip` runs it on the real step, donation, accumulation, kernels and
+# all, on any Linux machine with libtpu, in about a minute for 16 layers. Its `memory_analysis()` is what the chip will
+# use, out of 31.25 GiB; a program that does not fit fails here and not on the chip.
+
+
+# %%
+def chip_mesh(topology):
+    """A mesh over the devices of a TPU topology such as "v6e:1x1" or "v6e:2x4", none of which need be attached."""
+    from jax.experimental import topologies
+
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    try:
+        return make_mesh(topologies.get_topology_desc(topology, platform="tpu", **bounds).devices)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"topology={topology!r}: {reason} (libtpu, the compiler: pip install 'jax[tpu]')") from None
+
+
+def compile_for_chip(config, topology="v6e:1x1", model=GPT):
+    """The training step compiled ahead of time for a TPU topology, as a jax.stages.Compiled; nothing is run."""
+    mesh = chip_mesh(topology)
+
+    def on_chip(tree, *axes):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    state, constants = jax.eval_shape(functools.partial(new_state, config, model), jax.random.key(0))
+    batch = jax.ShapeDtypeStruct((config.total_batch_size, config.seq_len), jnp.int32)
+    tokens = on_chip(batch, "data")
+    return make_train_step(config, mesh, model).lower(on_chip(state), on_chip(constants), tokens, tokens).compile()
 
 
 # %% [markdown]
@@ -872,7 +910,7 @@ def save_checkpoint(run_dir, config, state, stream, notes):
 
 def load_checkpoint(path, config, mesh, model=GPT):
     """(state, stream, notes) of a checkpoint folder, the state replicated over the mesh."""
-    template = jax.eval_shape(functools.partial(init_state, config, mesh, model))[0]
+    template = jax.eval_shape(functools.partial(new_state, config, model), jax.random.key(0))[0]
     weights, rest = (load_file(Path(path) / f"{name}.safetensors") for name in ("params", "optimizer"))
     notes = json.loads((Path(path) / "state.json").read_text())
     stream = {**notes.pop("stream"), "tokens": rest.pop("stream.tokens")}
@@ -904,112 +942,10 @@ PEAK_FLOPS = {  # dense bfloat16, by jax's device_kind: cloud.google.com/tpu/doc
 }
 
 
-class RunLog:
-    """Metrics of a run: metrics.jsonl, the progress bar, and `on_log(row)` for whoever else listens.
-
-    `add` takes a step's metrics while they are still on the device; `flush` fetches them, which waits for that step.
-    """
-
-    def __init__(self, run_dir, config, mesh, model, first_step, on_log=None, every=10):
-        from tqdm.auto import tqdm
-
-        self.rows, self._pending, self._every, self._on_log = [], [], every, on_log
-        self._tokens = config.total_batch_size * config.seq_len
-        peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-        self._peak = peak and peak * mesh.size / flops_per_token(config, model)  # tokens/s at full use
-        self._file = open(Path(run_dir) / "metrics.jsonl", "a")
-        self._bar = tqdm(total=config.num_iterations, initial=first_step, unit="step", mininterval=1.0)
-        self._shown, self._since, self._timed = {}, None, 0
-
-    def add(self, step, metrics):
-        """Notes the metrics of 0-based step `step`; fetches those before it every ten steps."""
-        self._pending.append((step, metrics))
-        if len(self._pending) > self._every:
-            self.flush(keep=1)
-
-    def flush(self, keep=0):
-        """Fetches and writes what is pending, but for the newest `keep` steps; UserError if a loss is not finite."""
-        ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
-        fetched = jax.device_get([metrics for _, metrics in ready])
-        now = time.perf_counter()
-        if self._since is not None and ready:
-            rate = len(ready) * self._tokens / (now - self._since)
-            self._shown["tok/s"] = f"{rate:,.0f}"
-            self._shown |= {"MFU": f"{rate / self._peak:.1%}"} if self._peak else {}
-        self._since = now
-        for (step, _), metrics in zip(ready, fetched, strict=True):
-            row = {"step": step + 1, **{name: float(value) for name, value in metrics.items()}}
-            if not math.isfinite(row["loss"]):
-                raise UserError(
-                    f"the loss of step {row['step']} is {row['loss']}: lower learning_rate or set grad_clip"
-                )
-            self._shown |= {"loss": f"{row['loss']:.3f}", "lr": f"{row['lr']:.1e}"}
-            self.write(row)
-        self._bar.update(len(ready))
-        self._bar.set_postfix(self._shown)
-
-    def write(self, row):
-        """Adds one row of metrics."""
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._on_log:
-            self._on_log(row)
-
-    def show(self, **values):
-        """Puts values into the progress bar."""
-        self._shown |= values
-
-    @contextlib.contextmanager
-    def pause(self):
-        """Fetches everything, and leaves the time of what is done inside out of the next tok/s."""
-        self.flush()
-        yield
-        self._since = time.perf_counter()
-
-    def say(self, text):
-        """Prints a line above the progress bar."""
-        self._bar.write(text)
-
-    def close(self):
-        self._bar.close()
-        self._file.close()
-
-
-# %% [markdown]
-# The profile is five steps, 15 to 20: late enough that compilation is over, short enough that XProf gets every row of
-# the device. Python's own frames are left out; they would be 90 % of the file and tell nothing about the chip.
-
-
-# %%
-class ProfileWindow:
-    """Traces `count` steps from `first` into `folder`, for XProf; a run too short for that traces its last ones."""
-
-    def __init__(self, folder, num_steps, first=15, count=5):
-        self._folder = Path(folder)
-        self._first = max(0, min(first, num_steps - count))
-        self._last = min(num_steps, self._first + count) - 1
-        self._on = False
-
-    def before(self, step):
-        """Starts the trace if `step` (counted in this process) opens the window."""
-        if step == self._first:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0
-            jax.profiler.start_trace(self._folder, profiler_options=options)
-            self._on = True
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
-
-    def after(self, step, result):
-        """Stops the trace, once `result` is computed, if `step` closes the window."""
-        if self._on and step >= self._last:
-            jax.block_until_ready(result)
-            self.close()
-
-    def close(self):
-        if self._on:
-            jax.profiler.stop_trace()
-            self._on = False
+def peak_rate(config, mesh, model=GPT):
+    """Tokens per second if every FLOP the mesh's devices can do went into the model; None for an unknown device."""
+    peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    return peak and peak * mesh.size / flops_per_token(config, model)
 
 
 # %%
@@ -1066,23 +1002,6 @@ def describe_run(config, corpus, tokenizer, mesh, gzip_bpb):
     }
 
 
-def start_run(run_dir, config, corpus, tokenizer, mesh, held_out, model):
-    """(state, constants, stream, notes): from the run's newest checkpoint if it has one, else from the seed."""
-    run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    state, constants = init_state(config, mesh, model)
-    stream, notes, checkpoint = None, {"best_val_bpb": None}, newest_checkpoint(run_dir)
-    if checkpoint:
-        state, stream, notes = load_checkpoint(checkpoint, config, mesh, model)
-        say(f"resuming: {run_dir} goes on behind step {int(state['step']):,} of {config.num_iterations:,}")
-    with common.atomic_write(run_dir / "metrics.jsonl") as part:  # rows behind the checkpoint will be made again
-        part.write_bytes((checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
-    with common.atomic_write(run_dir / "config.json") as part:
-        description = describe_run(config, corpus, tokenizer, mesh, held_out.gzip_bpb)
-        part.write_text(json.dumps(description, indent=2) + "\n")
-    return state, constants, stream, notes
-
-
 SAMPLE_TOKENS = 64
 
 
@@ -1101,15 +1020,13 @@ def make_sample_writer(config, tokenizer, prompts, model=GPT):
 
 
 # %% [markdown]
-# Everything meets here. The order at the end of a step is not a matter of taste: save first, then evaluate, then
-# sample, because the latter two need memory that training did not, and a run of 29 hours has been lost to an evaluation
-# that ran out of it (nanochat#446). An interrupt is noted and obeyed between two steps, so that parameters, moments and
-# position in the data always belong together; a second one breaks off at once.
+# A `Trainer` is a run between two steps: the state on the device, the position in the data behind it, and what can be
+# done with both. State and position change hands together, so that whatever is saved belongs together.
 
 
 # %%
 class Result(NamedTuple):
-    """What `train` returns. params is the trained pytree on the device; losses are of the last evaluation."""
+    """What `train` returns. params is the trained pytree on the device; the losses are of the last evaluation."""
 
     params: dict
     step: int
@@ -1120,112 +1037,122 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-def due(every, step, config):
-    """Whether something done every `every` steps falls behind 0-based `step`; what ends the run is done elsewhere."""
-    return every and (step + 1) % every == 0 and step + 1 < config.num_iterations
+class Trainer:
+    """A run: built from the newest checkpoint in its folder or from the seed; `train` says what the arguments are."""
+
+    def __init__(self, config, corpus, tokenizer, run_dir, model, mesh, prompts, on_log):
+        check_tokenizer(config, tokenizer)
+        self.config, self.run_dir, self.mesh, self.model = config, Path(run_dir), mesh, model
+        self.train_step = make_train_step(config, mesh, model)
+        self.held_out = load_held_out(tokenizer, corpus, config)
+        self._evaluate = make_evaluator(config, mesh, self.held_out, tok.token_byte_lengths(tokenizer), model)
+        self._write_samples = make_sample_writer(config, tokenizer, prompts, model)
+        self.state, self.constants = init_state(config, mesh, model)
+        self.stream, self.notes = None, {"best_val_bpb": None}
+        self.scores, self.samples = (None, None), []
+        description = describe_run(config, corpus, tokenizer, mesh, self.held_out.gzip_bpb)
+        self._open_folder(json.dumps(description, indent=2) + "\n")
+        step, batch_tokens = self.step, config.total_batch_size * config.seq_len
+        peak = peak_rate(config, mesh, model)
+        self.log = common.RunLog(
+            self.run_dir / "metrics.jsonl", config.num_iterations, step, batch_tokens, peak, on_log
+        )
+        self.profile = common.ProfileWindow(self.run_dir / "profile", config.num_iterations - step)
+        tokens = token_stream(tokenizer, corpus.train, batch_tokens, self.stream)
+        place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+        self.loader = PrefetchDataLoader(batches_from(tokens, config), place)
+
+    @property
+    def step(self):
+        """Steps complete."""
+        return int(self.state["step"])
+
+    def _open_folder(self, description):
+        checkpoint = newest_checkpoint(self.run_dir)
+        if checkpoint:
+            self.state, self.stream, self.notes = load_checkpoint(checkpoint, self.config, self.mesh, self.model)
+            say(f"resuming: {self.run_dir} goes on behind step {self.step:,} of {self.config.num_iterations:,}")
+        rows = (checkpoint / "metrics.jsonl").read_text() if checkpoint else ""  # rows behind it will be made again
+        for name, text in (("metrics.jsonl", rows), ("config.json", description)):
+            with common.atomic_write(self.run_dir / name) as part:
+                part.write_text(text)
+
+    def advance(self, done):
+        """Trains on the next batch; `done` is the number of steps that this process has made."""
+        (x, y), position = next(self.loader)
+        with self.profile.before(done):
+            self.state, metrics = self.train_step(self.state, self.constants, x, y)
+        self.stream = position
+        self.profile.after(done, metrics)
+        return metrics
+
+    def save(self):
+        """Writes a checkpoint, unless a loss on the way here was not finite."""
+        with self.log.pause():
+            save_checkpoint(self.run_dir, self.config, self.state, self.stream, self.notes)
+
+    def evaluate(self):
+        """Scores the held-out set and redraws loss.png."""
+        with self.log.pause():
+            loss, bpb = self.scores = self._evaluate(self.state["params"], self.constants)
+            self.notes["best_val_bpb"] = min(bpb, self.notes["best_val_bpb"] or bpb)
+            self.log.show(val=f"{bpb:.3f} bpb")
+            self.log.write({"step": self.step, "val_loss": loss, "val_bpb": bpb})
+            common.plot_losses(self.log.rows, self.held_out.gzip_bpb, self.run_dir / "loss.png")
+
+    def sample(self):
+        """Lets the model go on from each prompt."""
+        with self.log.pause():
+            self.samples = self._write_samples(merge_params(self.state["params"], self.constants))
+
+    def result(self):
+        params = merge_params(self.state["params"], self.constants)
+        return Result(params, self.step, *self.scores, self.held_out.gzip_bpb, self.samples, self.run_dir)
+
+    def close(self):
+        for resource in (self.loader, self.profile, self.log):
+            resource.close()
 
 
+# %% [markdown]
+# The loop. Its order at the end of a step is not a matter of taste: save first, then evaluate, then sample, because the
+# latter two need memory that training did not, and a run of 29 hours has been lost to an evaluation that ran out of it
+# (nanochat#446). An interrupt is noted and obeyed between two steps; a second one breaks off at once.
+
+
+# %%
 def train(config, corpus, tokenizer, run_dir, *, model=GPT, mesh=None, prompts=(), on_log=None):
     """Trains from where `run_dir` stands to config.num_iterations and returns a Result.
 
     on_log(row) gets every row of metrics.jsonl as a dict. KeyboardInterrupt saves what was reached and returns it.
     UserError: bad input, or a loss that is not finite; the last checkpoint stays.
     """
-    mesh = mesh or make_mesh()
-    check_tokenizer(config, tokenizer)
-    train_step = make_train_step(config, mesh, model)
-    held_out = load_held_out(tokenizer, corpus, config)
-    evaluate = make_evaluator(config, mesh, held_out, tok.token_byte_lengths(tokenizer), model)
-    write_samples = make_sample_writer(config, tokenizer, prompts, model)
-    state, constants, stream, notes = start_run(run_dir, config, corpus, tokenizer, mesh, held_out, model)
-    first, scores, samples = int(state["step"]), (None, None), []
-    tokens = token_stream(tokenizer, corpus.train, config.total_batch_size * config.seq_len, stream)
-    place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
-    log = RunLog(run_dir, config, mesh, model, first, on_log)
-    profile = ProfileWindow(Path(run_dir) / "profile", config.num_iterations - first)
-
-    def save():
-        with log.pause():
-            return save_checkpoint(run_dir, config, state, stream, notes)
-
-    def score():
-        with log.pause():
-            loss, bpb = evaluate(state["params"], constants)
-            log.show(val=f"{bpb:.3f} bpb")
-            log.write({"step": int(state["step"]), "val_loss": loss, "val_bpb": bpb})
-            notes["best_val_bpb"] = min(bpb, notes["best_val_bpb"] or bpb)
-            plot_losses(log.rows, held_out.gzip_bpb, Path(run_dir) / "loss.png")
-            return loss, bpb
-
-    def sample():
-        with log.pause():
-            return write_samples(merge_params(state["params"], constants))
-
-    with contextlib.ExitStack() as stack:
-        for resource in (log, profile):
-            stack.callback(resource.close)
-        loader = stack.enter_context(PrefetchDataLoader(batches_from(tokens, config), place))
-        stop = stack.enter_context(common.deferred_interrupt())
-        for step in range(first, config.num_iterations):
-            (x, y), position = next(loader)
-            with profile.before(step - first):
-                state, metrics = train_step(state, constants, x, y)
-            stream = position
-            profile.after(step - first, metrics)
-            log.add(step, metrics)
-            if stop.requested:
-                break
-            if due(config.save_every, step, config):
-                save()
-            if due(config.eval_every, step, config):
-                scores = score()
-            if due(config.sample_every, step, config):
-                for prompt, text in sample():
-                    log.say(f"step {step + 1}: {prompt!r} -> {text!r}")
-        if int(state["step"]) > first:
-            save()
-        if stop.requested:
-            say(f"interrupted behind step {int(state['step']):,}: saved; the same command goes on from there")
-        else:
-            scores, samples = score(), sample()
-    return Result(
-        merge_params(state["params"], constants), int(state["step"]), *scores, held_out.gzip_bpb, samples, run_dir
-    )
-
-
-# %% [markdown]
-# The curve that tells a run's story: every step's training loss faintly, its running mean over 20 steps firmly, the
-# held-out loss as dots, and the learning rate below, since most bends in the one are bends in the other.
-
-
-# %%
-def plot_losses(rows, gzip_bpb, path):
-    """Writes loss.png from rows of metrics.jsonl."""
-    from matplotlib.figure import Figure
-
-    steps = [row for row in rows if "loss" in row]
-    evals = [row for row in rows if "val_bpb" in row]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    x, loss = [row["step"] for row in steps], np.array([row["loss"] for row in steps])
-    above.plot(x, loss, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, every step")
-    if len(loss) >= 20:
-        mean = np.convolve(loss, np.ones(20) / 20, mode="valid")
-        above.plot(x[19:], mean, color="tab:blue", label="training, mean of 20")
-    above.plot(
-        [row["step"] for row in evals], [row["val_loss"] for row in evals], "o-", color="tab:orange", label="held out"
-    )
-    bpb = f": {evals[-1]['val_bpb']:.3f} bits per byte held out, gzip -9 {gzip_bpb:.3f}" if evals else ""
-    above.set(title=f"Loss{bpb}", ylabel="cross-entropy, nats per token", yscale="log")
-    above.yaxis.set_major_formatter("{x:.3g}")
-    above.yaxis.set_minor_formatter("{x:.3g}")
-    above.legend()
-    above.grid(alpha=0.3, which="both")
-    below.plot(x, [row["lr"] for row in steps], color="tab:green")
-    below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    below.grid(alpha=0.3)
-    with common.atomic_write(path) as part:
-        figure.savefig(part, format="png", dpi=120)
+    last = config.num_iterations
+    due = lambda every, step: every and step % every == 0 and step < last
+    trainer = Trainer(config, corpus, tokenizer, run_dir, model, mesh or make_mesh(), prompts, on_log)
+    first = step = trainer.step
+    with contextlib.closing(trainer), common.deferred_interrupt() as interrupt:
+        try:
+            for step in range(first + 1, last + 1):
+                trainer.log.add(step, trainer.advance(step - first - 1))
+                if interrupt.requested:
+                    break
+                if due(config.save_every, step):
+                    trainer.save()
+                if due(config.eval_every, step):
+                    trainer.evaluate()
+                if due(config.sample_every, step):
+                    trainer.sample()
+                    for prompt, text in trainer.samples:
+                        trainer.log.say(f"step {step}: {prompt!r} -> {text!r}")
+        except KeyboardInterrupt:
+            interrupt.requested = True
+        if step > first:
+            trainer.save()
+        if not interrupt.requested:
+            trainer.evaluate()
+            trainer.sample()
+        return trainer.result()
 
 
 # %% [markdown]
@@ -1260,7 +1187,7 @@ PRESETS = {
 PRESET_OF = {"tpu": "chip", "gpu": "gpu", "cpu": "laptop"}
 PROMPTS = {
     "stdlib": ("import ", "def __init__(self", '    """Return '),
-    "": ("The capital of France is", "If yesterday was Friday, then", "The chemical symbol of gold is"),
+    "default": ("The capital of France is", "If yesterday was Friday, then", "The chemical symbol of gold is"),
 }
 
 
@@ -1290,6 +1217,7 @@ def choose(overrides="", presets=PRESETS, config_class=Config):
     preset = run.preset or PRESET_OF.get(device.platform, "gpu")
     require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
     config = config_class(**{**presets[preset], **fields})
+    because = "as set" if run.preset else f"as the device is a {device.platform}"
     data = run.data or ("offline" if preset == "laptop" else "fineweb")
     tokens = config.num_iterations * config.total_batch_size * config.seq_len
     shards = run.num_shards or min(1000, math.ceil(tokens / 50e6))
@@ -1316,5 +1244,82 @@ if __name__ == "__main__":
     print(describe_model(config))
     corpus = tok.get_corpus(run.data, run.num_shards)
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
-    prompts = PROMPTS.get(corpus.name, PROMPTS[""])
-    result = train(config, corpus, tokenizer, Path(run.out) / run.name, prompts=prompts)
+    result = train(
+        config, corpus, tokenizer, Path(run.out) / run.name, prompts=PROMPTS.get(corpus.name, PROMPTS["default"])
+    )
+
+# %% [markdown]
+# ## Look
+#
+# A model of 7 million parameters that has read Python's own sources for four minutes writes Python-shaped nonsense, but
+# predicts the next byte better than gzip does. That comparison is what to look at first; the samples are for pleasure.
+
+
+# %%
+def describe_result(result, config):
+    """What came out of a run, in a few lines."""
+    lines = [f"trained: {result.step:,} of {config.num_iterations:,} steps"]
+    if result.val_bpb is not None:
+        gain = 1 - result.val_bpb / result.gzip_bpb
+        verdict = f"{gain:.0%} below" if gain > 0 else f"{-gain:.0%} above"
+        lines[0] += f", held-out loss {result.val_loss:.3f} nats per token"
+        lines.append(f"held-out text: {result.val_bpb:.3f} bits per byte, {verdict} gzip -9 with {result.gzip_bpb:.3f}")
+    lines += [f"sample: {prompt!r} -> {text!r}" for prompt, text in result.samples]
+    lines.append(f"left in {result.run_dir}: config.json, metrics.jsonl, loss.png, profile/, checkpoints/")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe_result(result, config))
+    if common.in_notebook():
+        from IPython.display import Image, display
+
+        display(Image(filename=str(result.run_dir / "loss.png"), width=800))
+
+# %% [markdown]
+# Where did the time go? The profile holds five steps, with every part of the model under the name that its scope gave
+# it: `layer_3/attention`, `lm_head`, `optimizer`. On a laptop: `uv run tensorboard --logdir runs`, then the tab
+# Profile. The tab stays blank where third-party cookies are blocked; the folder can be downloaded and looked at there.
+
+
+# %%
+def open_tensorboard(run_dir):
+    """Shows TensorBoard below the cell on Colab; elsewhere says how to start it."""
+    if "google.colab" in sys.modules:
+        from tensorboard import notebook
+
+        notebook.start(f"--logdir {run_dir}")
+    else:
+        say(f"profile: uv run tensorboard --logdir {run_dir}")
+
+
+if __name__ == "__main__":
+    open_tensorboard(result.run_dir)
+
+# %% [markdown]
+# ## Save
+#
+# Colab's disk goes with its session, after a day at the latest and often after four hours. With a token (HF_TOKEN, in
+# the environment or as a Colab secret) weights, config, tokenizer and curve go to a private repository of your own on
+# the Hub, in one commit.
+
+
+# %%
+MODEL_FILES = ["params.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "loss.png"]
+
+
+def export_model(result, tokenizer):
+    """Collects what a model is made of in run_dir/model and returns that folder; the files of MODEL_FILES."""
+    folder = Path(result.run_dir) / "model"
+    folder.mkdir(exist_ok=True)
+    trained = newest_checkpoint(result.run_dir)
+    for source in (trained / "params.safetensors", *(Path(result.run_dir) / name for name in MODEL_FILES)):
+        if source.exists():
+            with common.atomic_write(folder / source.name) as part:
+                shutil.copyfile(source, part)
+    tok.save_tokenizer(tokenizer, folder / "tokenizer.json")
+    return folder
+
+
+if __name__ == "__main__":
+    tok.upload_folder(export_model(result, tokenizer), MODEL_FILES, hub_token, run.hub_repo, f"onechip-{run.name}")

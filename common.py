@@ -5,6 +5,9 @@ import contextlib
 import dataclasses
 import difflib
 import glob
+import itertools
+import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 # PCI ids of TPU v2 to v7, as JAX's own hardware check lists them.
@@ -38,7 +42,7 @@ def in_notebook():
     return "ipykernel" in sys.modules and "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Devices
 
 
@@ -67,7 +71,7 @@ def quiet_jax():
 quiet_jax()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Settings: dataclasses are the only list of what can be set
 
 
@@ -128,7 +132,7 @@ def print_one_line_errors(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Secrets
 
 
@@ -158,7 +162,7 @@ def read_secret(name):
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Files: whole or not at all
 
 
@@ -233,3 +237,152 @@ def git_commit():
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed.strip() else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+class RunLog:
+    """Metrics of a run: metrics.jsonl, the progress bar, and `on_log(row)` for whoever else listens.
+
+    `add` takes a step's metrics while they are still on the device. They are fetched every `every` steps and one step
+    late, so that the device always has a step queued while the host looks at the last.
+    """
+
+    def __init__(self, path, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10):
+        """peak_rate: tokens/s at the device's peak FLOPS, for MFU; None where that is not known."""
+        from tqdm.auto import tqdm
+
+        self.rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        self._file = open(path, "a")
+        self._pending, self._every, self._on_log = [], every, on_log
+        self._tokens, self._peak = tokens_per_step, peak_rate
+        self._bar = tqdm(total=steps, initial=first_step, unit="step", mininterval=1.0, dynamic_ncols=True)
+        self._shown, self._since = {}, None
+
+    def add(self, step, metrics):
+        """Notes the metrics, device scalars by name, of the step that made `step` steps complete."""
+        self._pending.append((step, metrics))
+        if len(self._pending) > self._every:
+            self.flush(keep=1)
+
+    def flush(self, keep=0):
+        """Fetches and writes what is pending, but for the newest `keep` steps; UserError if a loss is not finite."""
+        import jax
+
+        count = len(self._pending) - keep
+        ready, self._pending = self._pending[:count], self._pending[count:]
+        fetched = jax.device_get([metrics for _, metrics in ready])
+        self._time(len(ready))
+        for (step, _), metrics in zip(ready, fetched, strict=True):
+            row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+            if not math.isfinite(row["loss"]):
+                raise UserError(
+                    f"the loss of step {step} is {row['loss']}: lower learning_rate or set grad_clip; "
+                    "the last checkpoint is in place"
+                )
+            self._shown |= {"loss": f"{row['loss']:.3f}", "lr": f"{row['lr']:.1e}"}
+            self.write(row)
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(len(ready))
+
+    def _time(self, steps):
+        now = time.perf_counter()
+        if self._since is not None and steps:
+            rate = steps * self._tokens / (now - self._since)
+            self._shown |= {"tok/s": f"{rate:,.0f}"} | ({"MFU": f"{rate / self._peak:.1%}"} if self._peak else {})
+        self._since = now
+
+    def write(self, row):
+        """Adds one row of metrics."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._on_log:
+            self._on_log(row)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Fetches everything first, and leaves the time of what is done inside out of the next tok/s."""
+        self.flush()
+        yield
+        self._since = time.perf_counter()
+
+    def show(self, **values):
+        """Puts values into the progress bar."""
+        self._shown |= values
+
+    def say(self, text):
+        """Prints a line above the progress bar."""
+        self._bar.write(text)
+
+    def close(self):
+        self._bar.close()
+        self._file.close()
+
+
+class ProfileWindow:
+    """Traces `count` steps from `first` into `folder`, for XProf; a run too short for that traces its last ones.
+
+    Five steps: a long trace loses its device rows (jax#23446) or comes out empty.
+    """
+
+    def __init__(self, folder, num_steps, first=15, count=5):
+        self._folder = Path(folder)
+        self._first = max(0, min(first, num_steps - count))
+        self._last = min(num_steps, self._first + count) - 1
+        self._on = False
+
+    def before(self, step):
+        """Starts the trace if `step`, counted from 0 in this process, opens the window; annotates the step."""
+        import jax
+
+        if step == self._first:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # Python's frames would be most of the file
+            jax.profiler.start_trace(self._folder, profiler_options=options)
+            self._on = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, step, result):
+        """Stops the trace, once `result` is computed, if `step` closes the window."""
+        import jax
+
+        if self._on and step >= self._last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self):
+        import jax
+
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+
+
+def plot_losses(rows, gzip_bpb, path):
+    """Writes loss.png from rows of metrics.jsonl: training and held-out loss, and the learning rate below."""
+    from matplotlib.figure import Figure
+
+    steps, evals = ([row for row in rows if name in row] for name in ("loss", "val_loss"))
+    x, loss = [row["step"] for row in steps], [row["loss"] for row in steps]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    above.plot(x, loss, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, every step")
+    if len(loss) >= 20:
+        sums = list(itertools.accumulate(loss, initial=0.0))
+        mean = [(b - a) / 20 for a, b in zip(sums, sums[20:], strict=False)]
+        above.plot(x[19:], mean, color="tab:blue", label="training, mean of 20 steps")
+    above.plot([row["step"] for row in evals], [row["val_loss"] for row in evals], "o-C1", label="held out")
+    bits = f"{evals[-1]['val_bpb']:.3f} bits per byte held out; gzip -9 needs {gzip_bpb:.3f}" if evals else "training"
+    above.set(title=bits, ylabel="loss, nats per token", yscale="log")
+    for axis_format in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
+        axis_format("{x:.3g}")
+    above.legend()
+    above.grid(alpha=0.3, which="both")
+    below.plot(x, [row["lr"] for row in steps], color="tab:green")
+    below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    below.grid(alpha=0.3)
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=120)

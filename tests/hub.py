@@ -7,7 +7,7 @@
 
 The client reads its endpoint when it is imported, so run it in a process of its own. Large files (see `is_lfs`)
 travel as they do on the Hub: `resolve` redirects to another host and names size and SHA-256 in headers, uploads go by
-git-lfs. `requests` lists all that came, `unknown` what no handler was found for. Works with huggingface_hub 1.27 to 2.4.
+git-lfs. `requests` lists all that came, `unknown` what no handler was found for. For huggingface_hub 1.27 to 2.4.
 """
 
 import base64

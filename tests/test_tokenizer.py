@@ -1,0 +1,636 @@
+"""01_tokenizer: documents, tokens and the Hub, the real client against a Hub on loopback."""
+
+import gzip
+import importlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub import Fault, Hub
+
+import common
+
+tok = importlib.import_module("01_tokenizer")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_parquet(path, texts, row_group_size=3, **columns):
+    """A shard of `texts` and other columns, uncompressed so that a byte can be found in it."""
+    table = pa.table({"text": texts, **columns})
+    pq.write_table(table, path, row_group_size=row_group_size, compression="none", use_dictionary=False)
+    return Path(path)
+
+
+def shard_bytes(name, count=20):
+    """A small parquet shard in memory."""
+    buffer = io.BytesIO()
+    pq.write_table(
+        pa.table({"text": [f"document {i} of {name}, " * 9 for i in range(count)]}), buffer, row_group_size=7
+    )
+    return buffer.getvalue()
+
+
+def one_line(error):
+    """The message of a refusal, which must be a single line."""
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return tok.offline_corpus()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    """1,000 tokens from 400,000 characters: small, but with merges within and across multi-byte characters."""
+    texts = list(tok.count_chars(tok.read_documents(corpus.train), 400_000))
+    return tok.train_tokenizer([*texts, "déjà vu, naïve façade, Ω≈ç√∫ 日本語のテキスト 🙂🙃 " * 300], 1_000)
+
+
+def random_text(rng, length):
+    """Any Unicode but surrogates, with white space, controls, digits and pieces of special tokens mixed in."""
+    ranges = [(0x00, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    extras = [
+        *tok.SPECIAL_TOKENS,
+        "<|",
+        "|>",
+        "\r\n",
+        "\u00a0",
+        "e\u0301",
+        "\ufeff",
+        "\ufffd",
+        "👩‍👩‍👧",
+        "12345",
+        "  \n\n\t",
+    ]
+    return "".join(
+        rng.choice(extras) if rng.random() < 0.1 else chr(rng.randrange(*rng.choice(ranges))) for _ in range(length)
+    )
+
+
+# ---- the stream of documents
+
+
+def test_resume_is_exact_at_every_position(tmp_path):
+    """From any position the stream goes on with exactly what would have come, over shards, row groups and gaps."""
+    texts = [[f"{s}.{i}" for i in range(n)] for s, n in enumerate((7, 1, 5))]
+    texts[0][3] = texts[2][0] = texts[2][4] = ""
+    paths = [write_parquet(tmp_path / f"shard_{s:05d}.parquet", t) for s, t in enumerate(texts)]
+    whole = list(tok.read_documents(paths))
+    assert [text for _, text in whole] == [text for shard in texts for text in shard if text]
+    for i, (position, _) in enumerate(whole):
+        assert list(tok.read_documents(paths, start=position)) == whole[i + 1 :]
+
+
+def test_positions_name_the_next_document(tmp_path):
+    """A position is (shard, row group, document) of what comes next; past the last shard there is nothing."""
+    paths = [write_parquet(tmp_path / f"{s}.parquet", list("abcd"), row_group_size=3) for s in range(2)]
+    positions = [position for position, _ in tok.read_documents(paths)]
+    assert positions == [(0, 0, 1), (0, 0, 2), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 0, 2), (1, 1, 0), (2, 0, 0)]
+
+
+def test_only_the_text_column_is_read(tmp_path):
+    """A column beside `text` may be damaged on disk and nobody notices: its bytes are never read."""
+    path = write_parquet(tmp_path / "a.parquet", list("abcdef"), url=["http://x" * 9] * 6)
+    raw = bytearray(path.read_bytes())
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    assert chunk.path_in_schema == "url"
+    raw[chunk.data_page_offset : chunk.data_page_offset + chunk.total_compressed_size] = b"\xff" * (
+        chunk.total_compressed_size
+    )
+    path.write_bytes(raw)
+    with pytest.raises((OSError, pa.ArrowException)):
+        pq.read_table(path, columns=["url"])
+    assert [text for _, text in tok.read_documents([path])] == list("abcdef")
+
+
+def test_row_groups_are_read_one_at_a_time(tmp_path):
+    """What stands before a damaged row group still comes; the refusal names file and group."""
+    path = write_parquet(tmp_path / "a.parquet", [c * 50 for c in "abcdef"])
+    raw = bytearray(path.read_bytes())
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    raw[chunk.data_page_offset : chunk.data_page_offset + 20] = b"\xff" * 20
+    path.write_bytes(raw)
+    stream = tok.read_documents([path])
+    assert [next(stream)[1][0] for _ in range(3)] == list("abc")
+    with pytest.raises(common.UserError) as error:
+        next(stream)
+    assert "a.parquet" in one_line(error) and "row group 1" in str(error.value)
+
+
+def test_long_documents_are_cut(tmp_path):
+    """A document is cut at max_chars characters, not bytes, and the next one is whole."""
+    path = write_parquet(tmp_path / "a.parquet", ["é" * 10_001, "b"])
+    assert [len(text) for _, text in tok.read_documents([path])] == [10_000, 1]
+    assert [text for _, text in tok.read_documents([path], max_chars=4)] == ["éééé", "b"]
+
+
+# ---- the offline corpus
+
+
+def test_no_source_file_is_on_both_sides(corpus):
+    """All pieces of one module are in one shard: none of a held-out module was trained on; and no text is lost."""
+    shards = [{text for _, text in tok.read_documents([path])} for path in (*corpus.train, *corpus.val)]
+    sources = tok.find_sources(Path(importlib.import_module("os").__file__).parent)
+    counts = np.zeros(len(shards), int)
+    for source in sources:
+        try:
+            pieces = [piece for piece in tok.split_source(source.read_text(encoding="utf-8")) if piece.strip()]
+        except UnicodeDecodeError:
+            continue
+        if pieces:
+            holders = [i for i, shard in enumerate(shards) if all(piece in shard for piece in pieces)]
+            assert holders, source
+            counts[holders[0]] += 1
+    assert len(corpus.train) == tok.OFFLINE_SHARDS - 1 and len(corpus.val) == 1
+    assert corpus.val[0].name == f"shard_{tok.OFFLINE_SHARDS - 1:05d}.parquet"
+    assert sum(map(len, shards)) > 1_200 and counts[-1] > 40
+
+
+def test_no_document_is_in_training_and_held_out(corpus):
+    """Not a single held-out document occurs in training, and of its long lines not one in twenty does."""
+    train = {text for _, text in tok.read_documents(corpus.train)}
+    val = [text for _, text in tok.read_documents(corpus.val)]
+    assert not [text for text in val if text in train and len(text) > 200]
+    known = {line for text in train for line in text.splitlines()}
+    lines = [line for text in val for line in text.splitlines() if len(line) > 60]
+    assert np.mean([line in known for line in lines]) < 0.05
+
+
+def test_offline_corpus_is_the_same_twice(corpus, tmp_path):
+    """The same Python writes the same shards, byte for byte, with several row groups in each."""
+    again = tok.offline_corpus(tmp_path)
+    for path, other in zip((*corpus.train, *corpus.val), (*again.train, *again.val), strict=True):
+        assert path.read_bytes() == other.read_bytes()
+        assert pq.ParquetFile(path).num_row_groups >= 2
+
+
+def test_a_second_run_writes_nothing(corpus, monkeypatch):
+    """Shards that are there are used as they are."""
+    monkeypatch.setattr(tok, "write_shard", lambda *_: pytest.fail("a shard was written again"))
+    assert tok.offline_corpus() == corpus
+
+
+def test_a_crash_while_writing_leaves_no_half_shard(corpus, tmp_path, monkeypatch):
+    """A run that dies within a shard leaves only whole shards, and the next run completes them to the same corpus."""
+    write, calls = pq.write_table, []
+
+    def dying_write(table, path, **options):
+        calls.append(path)
+        if len(calls) == 3:
+            Path(path).write_bytes(b"PAR1 and then the lights went out")
+            raise KeyboardInterrupt
+        write(table, path, **options)
+
+    monkeypatch.setattr(pq, "write_table", dying_write)
+    with pytest.raises(KeyboardInterrupt):
+        tok.offline_corpus(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard_00000.parquet", "shard_00001.parquet"]
+    monkeypatch.setattr(pq, "write_table", write)
+    again = tok.offline_corpus(tmp_path)
+    assert [path.read_bytes() for path in again.train] == [path.read_bytes() for path in corpus.train]
+
+
+def test_split_source_loses_nothing():
+    """Pieces put together are the text again, none is too long or tiny, and cuts are at top-level statements."""
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choice(["x", "é", "\n", "\n\n", "    ", "def f():"]) for _ in range(rng.randrange(400)))
+        pieces = tok.split_source(text, 50)
+        assert "".join(pieces) == text
+        assert all(len(piece) <= 50 for piece in pieces) and all(len(piece) >= 25 for piece in pieces[:-1])
+    module = "\n\n\n".join(f"def f{i}():\n    a = {i}\n\n    return a" for i in range(20))
+    assert all(piece.startswith("def ") for piece in tok.split_source(module, 100))
+
+
+# ---- the tokenizer
+
+
+def test_round_trip_over_any_unicode(tokenizer):
+    """Decoding gives back every text exactly, whatever it is made of."""
+    rng = random.Random(1)
+    texts = ["", " ", "\x00", "\ufeff", *(random_text(rng, rng.randrange(200)) for _ in range(300))]
+    for text, ids in zip(texts, tok.encode_batch(tokenizer, texts), strict=True):
+        assert tokenizer.decode(ids[1:], skip_special_tokens=False) == text
+
+
+def test_special_tokens_never_come_from_text(tokenizer, tmp_path):
+    """A document that spells out special tokens holds no special id but its own leading BOS, also after loading."""
+    tok.save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
+    text = "a" + "".join(tok.SPECIAL_TOKENS) * 2 + "<|bos|>"
+    for which in (tokenizer, tok.load_tokenizer(tmp_path / "tokenizer.json")):
+        special = {which.token_to_id(token) for token in tok.SPECIAL_TOKENS}
+        assert None not in special and len(special) == len(tok.SPECIAL_TOKENS) == 9
+        (ids,) = tok.encode_batch(which, [text])
+        assert ids[0] == which.token_to_id("<|bos|>") and not special & set(ids[1:])
+        assert which.decode(ids[1:], skip_special_tokens=False) == text
+
+
+def test_training_text_cannot_make_special_tokens():
+    """A corpus full of spelled-out special tokens gives no merge that ends in a special id."""
+    spelled = tok.train_tokenizer(["<|bos|> hello <|user_start|> world"] * 500, 285)
+    special = {spelled.token_to_id(token) for token in tok.SPECIAL_TOKENS}
+    assert not special & set(tok.encode_batch(spelled, ["<|bos|><|user_start|>"])[0][1:])
+
+
+def test_token_bytes_add_up(tokenizer):
+    """The bytes of a text's ids, put together, are the text's UTF-8 bytes, and the lengths agree."""
+    raw, lengths = tok.token_byte_strings(tokenizer), tok.token_byte_lengths(tokenizer)
+    assert lengths.shape == (1_000,) and lengths.dtype == np.int32
+    rng = random.Random(2)
+    texts = [random_text(rng, 100) for _ in range(100)]
+    for text, ids in zip(texts, tok.encode_batch(tokenizer, texts), strict=True):
+        assert b"".join(raw[i] for i in ids) == text.encode()
+        assert lengths[ids].sum() == len(text.encode())
+
+
+def test_token_bytes_are_not_those_of_a_decoded_string(tokenizer):
+    """All 256 bytes are there as one byte each; through a decoded string, half of them would count three."""
+    raw = tok.token_byte_strings(tokenizer)
+    assert sorted(token for token in raw if len(token) == 1) == [bytes([i]) for i in range(256)]
+    decoded = [len(tokenizer.decode([i], skip_special_tokens=False).encode()) for i in range(1_000)]
+    wrong = [i for i, token in enumerate(raw) if token and len(token) != decoded[i]]
+    assert len(wrong) >= 128
+    special = [i for i, length in enumerate(tok.token_byte_lengths(tokenizer)) if length == 0]
+    assert sorted(special) == sorted(tokenizer.token_to_id(token) for token in tok.SPECIAL_TOKENS)
+
+
+def test_pattern_is_nanochats(tokenizer):
+    """Words keep their leading space, numbers come in twos, contractions are cut: nanochat's pattern is at work."""
+    pieces = tokenizer.pre_tokenizer.pre_tokenize_str("I'll pay 12345 now!\n")
+    assert [piece for piece, _ in pieces] == ["I", "'ll", "Ġpay", "Ġ", "12", "34", "5", "Ġnow", "!Ċ"]
+
+
+def test_training_is_deterministic_and_exact_in_size(tokenizer, corpus):
+    """The same text gives the same tokenizer, of exactly the size that the model was built for."""
+    texts = [text for _, (_, text) in zip(range(40), tok.read_documents(corpus.train), strict=False)]
+    first, second = (tok.train_tokenizer(iter(texts), 700) for _ in range(2))
+    assert first.get_vocab_size() == 700
+    assert tok.tokenizer_hash(first) == tok.tokenizer_hash(second) != tok.tokenizer_hash(tokenizer)
+
+
+def test_hash_depends_on_what_decides_the_ids(tokenizer, corpus, tmp_path):
+    """The hash survives saving and another layout of the file, and changes with one merge or the pattern."""
+    path = tmp_path / "tokenizer.json"
+    tok.save_tokenizer(tokenizer, path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content, sort_keys=True))
+    assert tok.tokenizer_hash(tok.load_tokenizer(path)) == tok.tokenizer_hash(tokenizer)
+    content["model"]["merges"][500:502] = content["model"]["merges"][501:499:-1]
+    path.write_text(json.dumps(content))
+    assert tok.tokenizer_hash(tok.load_tokenizer(path)) != tok.tokenizer_hash(tokenizer)
+
+
+def test_get_tokenizer_trains_once_for_each_corpus(corpus, tmp_path, monkeypatch, capsys):
+    """The second call loads; another limit, size or revision trains anew; each says so in one line."""
+    monkeypatch.setenv("ONECHIP_HOME", str(tmp_path))
+    first = tok.get_tokenizer(corpus, 400, max_train_chars=50_000)
+    again = tok.get_tokenizer(corpus, 400)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "trained in" in said[0] and "before" in said[1]
+    assert tok.tokenizer_hash(first) == tok.tokenizer_hash(again)
+    trained = []
+    monkeypatch.setattr(
+        tok, "train_tokenizer", lambda docs, size, _t=tok.train_tokenizer: trained.append(1) or _t(docs, size)
+    )
+    tok.get_tokenizer(corpus, 400, max_train_chars=50_000)
+    assert not trained
+    tok.get_tokenizer(corpus, 400, max_train_chars=60_000)
+    tok.get_tokenizer(corpus, 401, max_train_chars=50_000)
+    tok.get_tokenizer(tok.dataclasses.replace(corpus, revision="other"), 400, max_train_chars=50_000)
+    assert len(trained) == 3
+
+
+def test_a_full_disk_keeps_the_old_tokenizer(tokenizer, tmp_path, monkeypatch):
+    """Saving onto a full disk is refused in one line, and the file that was there is still whole."""
+    path = tmp_path / "tokenizer.json"
+    tok.save_tokenizer(tokenizer, path)
+    before = path.read_bytes()
+
+    def full_disk(self, text, **_):
+        self.write_bytes(text.encode()[:1000])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(common.UserError) as error:
+        tok.save_tokenizer(tokenizer, path)
+    assert "tokenizer.json" in one_line(error) and "full" in str(error.value)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_gzip_bits_per_byte_counts_each_document():
+    """Documents are compressed one by one, headers included, and weighed by their bytes."""
+    documents = [b"abcabcabc" * 50, random.Random(3).randbytes(700), "é".encode()]
+    sizes = [len(gzip.compress(document, compresslevel=9, mtime=0)) for document in documents]
+    assert tok.gzip_bits_per_byte(iter(documents)) == pytest.approx(8 * sum(sizes) / (450 + 700 + 2), rel=1e-12)
+    with pytest.raises(common.UserError):
+        tok.gzip_bits_per_byte([])
+
+
+# ---- bad input, one line each
+
+
+def make_bad_shard(path, kind):
+    """Writes what is wrong with a shard; returns what the refusal must name."""
+    good = shard_bytes("a")
+    if kind == "not parquet":
+        path.write_bytes(b"just some text, nothing else")
+    elif kind == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif kind == "empty file":
+        path.write_bytes(b"")
+    elif kind == "no text":
+        pq.write_table(pa.table({"content": ["a"]}), path)
+        return "'content'"
+    elif kind == "numbers":
+        pq.write_table(pa.table({"text": [1, 2]}), path)
+        return "int64"
+    return path.name
+
+
+@pytest.mark.parametrize("kind", ["not parquet", "truncated", "empty file", "no text", "numbers", "missing"])
+def test_bad_shards_are_refused_by_name(tmp_path, kind):
+    """Each kind of bad shard is refused in one line that names the file and what is wrong with it."""
+    path = tmp_path / "shard_00007.parquet"
+    named = make_bad_shard(path, kind)
+    with pytest.raises(common.UserError) as error:
+        list(tok.read_documents([path]))
+    assert "shard_00007.parquet" in one_line(error) and named in str(error.value)
+
+
+def test_folder_corpora(tmp_path, capsys):
+    """A folder's shards in order of name, the last held out; its revision follows the content, not the place."""
+    for name in ("b", "a", "c"):
+        write_parquet(tmp_path / f"{name}.parquet", [name] * 4)
+    corpus = tok.get_corpus(str(tmp_path), 1)
+    assert [path.stem for path in corpus.train] == ["a", "b"] and [path.stem for path in corpus.val] == ["c"]
+    assert "8 documents in 2 training shards, 4 held out" in capsys.readouterr().out
+    write_parquet(tmp_path / "b.parquet", ["B"] * 4)
+    assert tok.folder_corpus(tmp_path).revision != corpus.revision
+
+
+def test_bad_folders_are_refused(tmp_path):
+    """No such folder, no shard to hold out, a bad shard among good ones, no documents: one line each."""
+    with pytest.raises(common.UserError, match="finewebb"):
+        tok.get_corpus("finewebb", 1)
+    write_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(common.UserError) as error:
+        tok.folder_corpus(tmp_path)
+    assert "1 parquet" in one_line(error)
+    (tmp_path / "b.parquet").write_bytes(b"no")
+    with pytest.raises(common.UserError, match=r"b\.parquet"):
+        tok.folder_corpus(tmp_path)
+    write_parquet(tmp_path / "b.parquet", pa.array([], pa.string()))
+    with pytest.raises(common.UserError, match="0 held out"):
+        tok.get_corpus(str(tmp_path), 1)
+
+
+def test_bad_vocabularies_are_refused():
+    """Too small for bytes and special tokens, or too large for the text: refused with the numbers."""
+    with pytest.raises(common.UserError, match="265 or more.*not 264"):
+        tok.train_tokenizer(["abc"], 264)
+    assert tok.train_tokenizer(["abc"], 265).get_vocab_size() == 265
+    with pytest.raises(common.UserError, match="gives 2.. tokens, not 1000") as error:
+        tok.train_tokenizer(["abc abd"], 1_000)
+    one_line(error)
+
+
+def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
+    """Missing, cut short, of another kind, or without special tokens: one line that names the file."""
+    path = tmp_path / "tokenizer.json"
+    whole = tokenizer.to_str()
+    bare = json.loads(whole)
+    bare["added_tokens"] = []
+    del bare["model"]["vocab"]["<|bos|>"]
+    for content in (None, "", whole[:5000], '{"a": 1}', json.dumps(bare)):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(common.UserError) as error:
+            tok.load_tokenizer(path)
+        assert str(path) in one_line(error)
+
+
+def test_fineweb_arguments_are_checked():
+    """A number of shards or a revision that cannot be is refused before anything is asked of the Hub."""
+    for number in (0, 1823):
+        with pytest.raises(common.UserError, match=f"not {number}"):
+            tok.fineweb_corpus(number)
+    with pytest.raises(common.UserError, match="'main'"):
+        tok.fineweb_corpus(1, revision="main")
+
+
+# ---- settings, table and picture
+
+
+def test_settings_by_machine_and_by_hand(monkeypatch, capsys):
+    """A TPU gets FineWeb-Edu and 32,768 tokens, a laptop the offline corpus and 8,192; what is set stays."""
+    monkeypatch.setattr(sys, "argv", ["01_tokenizer.py"])
+    monkeypatch.setattr(common, "has_tpu", lambda: True)
+    assert (tok.choose_settings().data, tok.choose_settings().vocab_size) == ("fineweb", 32_768)
+    monkeypatch.setattr(common, "has_tpu", lambda: False)
+    assert (tok.choose_settings().data, tok.choose_settings().vocab_size) == ("offline", 8_192)
+    capsys.readouterr()
+    chosen = tok.choose_settings("--data fineweb --num_shards 2 --vocab_size 4096")
+    assert (chosen.data, chosen.num_shards, chosen.vocab_size) == ("fineweb", 2, 4096)
+    assert capsys.readouterr().out.count("as set") == 2
+
+
+def test_compression_is_bytes_per_token(tokenizer, corpus):
+    """The table divides UTF-8 bytes by tokens without BOS, over held-out text; bytes themselves stand at 1."""
+    samples = {"one": ("here", ["naïve", "façade " * 20]), "two": ("there", ["x"])}
+    table = tok.measure_compression({"ours": tok.count_with(tokenizer)}, samples)
+    tokens = sum(len(tokenizer.encode(text).ids) for text in samples["one"][1])
+    assert table["ours"] == {"one": pytest.approx((6 + 160) / tokens), "two": 1.0}
+    assert set(table["UTF-8 bytes, 256"].values()) == {1.0}
+    held_out = {text for _, text in tok.read_documents(corpus.val)}
+    kinds = tok.held_out_samples(corpus)
+    assert set(kinds["code"][1]) <= held_out
+    assert all(any(line in text for text in held_out) for line in kinds["English"][1][5].splitlines())
+
+
+def test_mathematics_is_true(monkeypatch):
+    """The generated problems are right: each \\det and each sum is recomputed from the text alone."""
+    import re
+
+    texts = tok.write_mathematics(count=30)
+    checked = 0
+    for text in texts:
+        if "det" in text:
+            a, b, c, d = map(int, re.search(r"\} (\d+) & (\d+) \\\\ (\d+) & (\d+) ", text).groups())
+            assert text.rstrip("$.").endswith(f"= {a * d - b * c}")
+            checked += 1
+        elif r"\sum" in text:
+            n = int(re.search(r"\^\{(\d+)\}", text)[1])
+            assert f"= {sum(range(n + 1))} " in text
+            checked += 1
+        elif "derivative" in text:
+            a, n = map(int, re.search(r"= (\d+)x\^\{(\d+)\}", text).groups())
+            assert f"= {a * n}x^{{{n - 1}}}" in text
+            checked += 1
+    assert checked == 90 and texts == tok.write_mathematics(count=30)
+
+
+def test_tiktoken_where_it_can_be_had(monkeypatch, capsys):
+    """With tables GPT-2 and GPT-4 are counted; without tables, or when they hang, one line says so and it goes on."""
+
+    class Encoding:
+        def encode_ordinary_batch(self, texts):
+            return [list(text) for text in texts]
+
+    fake = types.SimpleNamespace(get_encoding=lambda name: Encoding())
+    monkeypatch.setitem(sys.modules, "tiktoken", fake)
+    assert [count(["ab", "c"]) for count in tok.load_tiktoken().values()] == [3, 3]
+    assert capsys.readouterr().out == ""
+
+    def no_network(name):
+        raise ConnectionError("no network")
+
+    for broken, timeout in ((no_network, 30), (lambda name: time.sleep(2), 0.1)):
+        fake.get_encoding = broken
+        assert tok.load_tiktoken(timeout) == {}
+        assert len(capsys.readouterr().out.splitlines()) == 1
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert tok.load_tiktoken() == {} and len(capsys.readouterr().out.splitlines()) == 1
+
+
+# ---- the Hub
+
+
+def run_client(hub, home, code, **environment):
+    """Runs `code` with `tok` imported in a process of its own that knows only this Hub; returns the process."""
+    start = 'import importlib, common\ntok = importlib.import_module("01_tokenizer")\ntok.FIRST_PAUSE = 0.01\n'
+    environment = os.environ | hub.environment() | {"ONECHIP_HOME": str(home)} | environment
+    environment |= {
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
+    }
+    command = [sys.executable, "-c", start + code]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """What a client said, after it ended well."""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return out
+
+
+def add_fineweb(hub, count):
+    """A FineWeb-Edu of `count` training shards and the last one, at the pinned revision."""
+    files = {f"shard_{i:05d}.parquet": shard_bytes(i) for i in [*range(count), tok.FINEWEB_LAST_SHARD]}
+    hub.add_repo(tok.FINEWEB_REPO, files, "dataset", commit=tok.FINEWEB_REVISION)
+    return files
+
+
+def test_download_survives_faults_and_is_not_repeated(tmp_path):
+    """Errors, a cut, a stall, a short and a changed answer cost a repetition each; a second run asks for nothing."""
+    with Hub() as hub:
+        files = add_fineweb(hub, 6)
+        hub.faults = [
+            Fault("HEAD", "shard_00000", status=500, times=2),
+            Fault("GET", "shard_00001", status=429, headers={"Retry-After": "1"}),
+            Fault("GET", "shard_00002", cut=True),
+            Fault("GET", "shard_00003", stall=True),
+            Fault("GET", "shard_00004", short=True),
+            Fault("GET", "shard_00005", flip=True),
+        ]
+        code = "corpus = tok.fineweb_corpus(6)\nprint(corpus.revision, len(corpus.train), corpus.val[0].name)"
+        wanted = f"{tok.FINEWEB_REVISION} 6 shard_01822.parquet"
+        # The data is public: an expired login of the user's must not be in its way.
+        assert finish(run_client(hub, tmp_path, code, HF_TOKEN="hf_expired")).splitlines()[-1] == wanted
+        assert [fault.times for fault in hub.faults] == [0] * 6 and not hub.unknown
+        (folder,) = tmp_path.iterdir()
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+        assert hub.count("GET", "shard_01822") == 1 and set(hub.tokens) == {None}
+        asked = len(hub.requests)
+        assert finish(run_client(hub, tmp_path, code)) == wanted + "\n"
+        assert len(hub.requests) == asked
+
+
+def test_downloads_that_cannot_succeed_are_refused(tmp_path):
+    """A shard that is missing, stays wrong or is no parquet, or a wrong revision: one line, no file of that name."""
+    with Hub() as hub:
+        files = add_fineweb(hub, 3)
+        files["shard_00001.parquet"] = b"not parquet, and truly so on the Hub"
+        hub.add_repo(tok.FINEWEB_REPO, files, "dataset", commit="b" * 40)
+        del files["shard_00000.parquet"]
+        hub.add_repo(tok.FINEWEB_REPO, files, "dataset", commit="c" * 40)
+        hub.faults = [Fault("GET", f"/{tok.FINEWEB_REVISION}/shard_00002", flip=True, times=100)]
+        code = (
+            "for number, revision in ((3, tok.FINEWEB_REVISION), (2, 'b' * 40), (1, 'c' * 40), (1, 'd' * 40)):\n"
+            "    try:\n        tok.fineweb_corpus(number, revision=revision)\n"
+            "    except common.UserError as error:\n        print('refused', error)\n"
+        )
+        said = [line for line in finish(run_client(hub, tmp_path, code)).splitlines() if line.startswith("refused")]
+        assert len(said) == 4
+        assert "shard_00002" in said[0] and "SHA-256" in said[0] and "after 5 attempts" in said[0]
+        assert "shard_00001" in said[1] and "parquet" in said[1]
+        assert "shard_00000" in said[2] and "no such shard" in said[2]
+        assert "dddddddddddd" in said[3] and "attempts" not in said[3]
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+        assert f"fineweb-edu-{tok.FINEWEB_REVISION[:12]}/shard_00000.parquet" in left
+        assert not [
+            name for name in left if "shard_00002" in name or name.startswith("fineweb-edu-bbb") and "00001" in name
+        ]
+
+
+def test_a_killed_download_goes_on(tmp_path):
+    """A process killed within a shard leaves no part under its name, and the next fetches only what is missing."""
+    with Hub() as hub:
+        files = add_fineweb(hub, 2)
+        hub.faults = [Fault("GET", "shard_00001", stall=True, times=9)]
+        process = run_client(hub, tmp_path, "tok.fineweb_corpus(2)")
+        folder = tmp_path / f"fineweb-edu-{tok.FINEWEB_REVISION[:12]}"
+        deadline = time.monotonic() + 30
+        while not (hub.count("GET", "cdn.*00001") and (folder / "shard_01822.parquet").exists()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (folder / "shard_00001.parquet").exists()
+        hub.faults.clear()
+        before = hub.count("GET", "cdn.*(00000|01822)")
+        finish(run_client(hub, tmp_path, "tok.fineweb_corpus(2)"))
+        assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == files
+        assert hub.count("GET", "cdn.*(00000|01822)") == before
+
+
+def test_the_whole_run_uploads_to_the_hub(tmp_path):
+    """01 as a script trains, shows its table and picture, and the tokenizer arrives, private, token unsaid."""
+    with Hub(users={"hf_secret_word": "someone"}) as hub:
+        command = [sys.executable, str(ROOT / "01_tokenizer.py"), "--vocab_size", "500", "--max_train_chars", "200000"]
+        environment = os.environ | hub.environment() | {"ONECHIP_HOME": str(tmp_path), "HF_TOKEN": "hf_secret_word"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "hf_secret_word" not in done.stdout + done.stderr
+        (path,) = tmp_path.rglob("tokenizer.json")
+        arrived = hub.files("someone/onechip-tokenizer")
+        assert arrived["tokenizer.json"] == path.read_bytes()
+        assert arrived["compression.png"].startswith(b"\x89PNG") and b"mathematics" in arrived["README.md"]
+        assert hub.repos["model", "someone/onechip-tokenizer"].private and not hub.unknown
+        for said in ("chosen:", "data:", "tokenizer:", "bytes per token", "gzip -9", "upload: tokenizer.json"):
+            assert said in done.stdout
+
+
+def test_no_upload_is_said_and_ends_nothing(tmp_path, capsys):
+    """Without a token, or with one that the Hub refuses, one line says so and the run goes on."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert tok.upload_folder(tmp_path, ["tokenizer.json"], None) is None
+    assert "no HF_TOKEN" in capsys.readouterr().out
+    with Hub() as hub:
+        code = f"print(tok.upload_folder({str(tmp_path)!r}, ['tokenizer.json'], 'hf_wrong', 'someone/x'))"
+        said = finish(run_client(hub, tmp_path, code))
+        assert "upload: none" in said and said.endswith("None\n") and "hf_wrong" not in said
