@@ -1,5 +1,23 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   colab:
+#     gpuType: V6E1
+#     machine_shape: hm
+#     provenance: []
+#   jupytext:
+#     notebook_metadata_filter: accelerator,colab
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
-# <!-- badge -->
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/onechip/onechip/blob/main/notebooks/02_train.ipynb)
 # # Train a GPT on one chip
 #
 # One function, `train`, takes documents and a `Config` and leaves a trained GPT behind: a transformer in the manner
@@ -11,8 +29,58 @@
 # | laptop, two cores, no network | 5M parameters, Python's own sources | under 5 minutes | under 2 GB | nothing |
 # | Colab, TPU v6e | 268M parameters, FineWeb-Edu | hours; goes on where it stopped | under 31.25 GiB | compute units |
 
-# %%
-# OPENING CELL
+# %% cellView="form"
+# @title Opening cell, the same in every notebook
+# On Colab: fetches the sibling files, installs what the image lacks, looks for the TPU. Elsewhere: finds the siblings.
+REPOSITORY = "https://github.com/onechip/onechip"
+REF = "main"  # @param {type:"string"}
+# @markdown REF is the version of the sibling files: a branch, a tag or a full commit hash.
+
+
+def open_notebook(repository, ref):
+    """Makes the sibling files importable, without touching any package that is already installed."""
+    import importlib.metadata
+    import os
+    import subprocess
+    import sys
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    repository, ref = os.environ.get("ONECHIP_REPO", repository), os.environ.get("ONECHIP_REF", ref)
+    on_colab = find_spec("google") is not None and find_spec("google.colab") is not None
+    clone = Path(f"onechip-{ref}".replace("/", "-")).resolve()  # named after the ref: another ref, another folder
+    folders = [f for f in (Path.cwd(), Path.cwd().parent, clone) if (f / "01_tokenizer.py").exists()]
+    if not folders and not on_colab:
+        raise RuntimeError(f"no 01_tokenizer.py here or one folder up: open this notebook in a clone of {repository}")
+    if not folders:
+        clone.mkdir(exist_ok=True)
+        # fetch, not clone --branch: that takes no commit hash
+        for step in (["init"], ["fetch", "--depth", "1", repository, ref], ["checkout", "FETCH_HEAD"]):
+            command, asking = ["git", "-C", clone, step[0], "-q", *step[1:]], {"GIT_TERMINAL_PROMPT": "0"}
+            git = subprocess.run(command, capture_output=True, text=True, env=os.environ | asking)
+            if git.returncode:
+                raise RuntimeError(f"cannot fetch {ref!r} of {repository}: {git.stderr.strip().partition(chr(10))[0]}")
+    sys.path.insert(0, str((folders or [clone])[0]))
+    if on_colab:
+        if missing := [name for name in ("tensorboard", "xprof", "wandb") if find_spec(name) is None]:
+            # Each installed version is a constraint, so that pip adds packages and replaces none.
+            installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
+            pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]
+            if subprocess.run(pip, input=installed, text=True).returncode:
+                print(f"Going on without {', '.join(missing)}: pip could not install them beside what is here.")
+        import common  # noqa: F401  (before jax: it keeps a libtpu that has no TPU quiet)
+
+        # isort: split
+        import jax
+
+        if jax.default_backend() != "tpu":
+            print("=" * 80, f"NO TPU: JAX found only {jax.default_backend().upper()}.", sep="\n")
+            print("Choose Runtime > Change runtime type > v6e-1 TPU, then Run all again. Going on without one.")
+            print("=" * 80)
+
+
+if "__file__" not in globals():  # a kernel only: scripts and imports find their siblings by themselves
+    open_notebook(REPOSITORY, REF)
 
 # %% [markdown]
 # ## Setup
@@ -101,6 +169,7 @@ class Config:
     sample_every: int = setting(1000, "steps between samples; 0 for those at the end only")
     save_every: int = setting(1000, "steps between checkpoints; 0 for one at the end only")
     param_seed: int = setting(42, "seed of the initial weights")
+    loss_slice: int = setting(8192, "tokens whose logits exist at one time")
 
     @property
     def n_embd(self):
@@ -143,8 +212,17 @@ def check_config(config):
     c = config
     for name in ("n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_len", "device_batch_size"):
         require(getattr(c, name) > 0, name, getattr(c, name), "must be a positive integer")
-    for name in ("total_batch_size", "num_iterations", "eval_tokens", "softcap", "rope_base", "learning_rate", "eps"):
+    for name in (
+        "total_batch_size",
+        "num_iterations",
+        "eval_tokens",
+        "rope_base",
+        "learning_rate",
+        "eps",
+        "loss_slice",
+    ):
         require(getattr(c, name) > 0, name, getattr(c, name), "must be greater than 0")
+    require(0 < c.softcap <= 60, "softcap", c.softcap, "must lie in (0, 60]: exp(softcap) summed must fit float32")
     for name in ("eval_every", "sample_every", "save_every", "grad_clip", "weight_decay"):
         require(getattr(c, name) >= 0, name, getattr(c, name), "must not be negative")
     for name in ("beta1", "beta2"):
@@ -327,10 +405,11 @@ def load_held_out(tokenizer, corpus, config):
 
 # %%
 def rope_tables(config):
-    """Cosines and sines of the rotary angles: float32 (T, H / 2) each (Su et al., 2021)."""
+    """Cosines and signed sines of the rotary angles over a whole head, float32 (T, H) each (Su et al., 2021)."""
     frequencies = config.rope_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     angles = np.outer(np.arange(config.seq_len), frequencies)
-    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return jnp.asarray(np.hstack([cos, cos]), jnp.float32), jnp.asarray(np.hstack([sin, -sin]), jnp.float32)
 
 
 def init_layer(config, key):
@@ -424,8 +503,9 @@ def attention_splash(q, k, v, window):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N = q.shape[1], q.shape[2]
-    # Inclusive on both sides, so w - 1 keys to the left and none to the right are a causal window of w.
-    mask = splash.MultiHeadMask([splash.LocalMask((T, T), (window - 1, 0), 0)] * N)
+    # LocalMask is inclusive: w - 1 keys to the left and none to the right are a causal window of w.
+    mask = splash.CausalMask((T, T)) if window >= T else splash.LocalMask((T, T), (window - 1, 0), 0)
+    mask = splash.MultiHeadMask([mask] * N)
     block = math.gcd(T, 1024)  # 2048 does not fit VMEM; 512 took a quarter longer (ancestor's v6e timings)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks = splash.BlockSizes(**{f"block_{name}": block for name in names})
@@ -464,46 +544,107 @@ ATTENTIONS = {
 # %% [markdown]
 # ### Blocks
 #
-# RoPE comes before QK-norm. A rotation does not change a vector's length, so either order gives the same numbers, and
-# this one is nanochat's. Normed queries and keys bound every score by sqrt(H), 11.3 at 128 channels, which is what lets
-# a learning rate this high train without divergence. The MLP squares its ReLU (So et al., *Primer*, 2021). Each layer
-# also mixes in the embedding it started from, with a weight of its own, 0.1 at first (modded-nanogpt's x0 lambdas).
+# RoPE comes before QK-norm. A rotation changes no length: either order gives the same numbers, this one is nanochat's
+# and both become one pass. Normed queries and keys bound every score by sqrt(H), 11.3 at 128 channels, which is what
+# lets a learning rate this high train without divergence. The MLP squares its ReLU (So et al., *Primer*, 2021). Each
+# layer mixes in the embedding it started from with a weight of its own, 0.1 at first (modded-nanogpt's x0 lambdas).
+#
+# Three of these functions bring their own gradient, because autodiff keeps more than it needs: the norm keeps its input
+# in bfloat16 only, RoPE with norm likewise, and ReLU squared keeps `relu(u)` where autodiff keeps `u > 0`, a mask that
+# the TPU's compiler packs into bits at 0.6 ms a layer. What each saves by the compiler's estimate is in LOG.md.
 
 
 # %%
+def inverse_rms(x):
+    """1 / rms over the last axis in float32: (..., D) -> (..., 1)."""
+    square = jnp.square(x.astype(jnp.float32))
+    return jax.lax.rsqrt(jnp.mean(square, axis=-1, keepdims=True) + jnp.finfo(jnp.float32).eps)
+
+
+@jax.custom_vjp
 def rms_norm(x):
     """x / rms(x) over the last axis, computed in float32, no parameters (Zhang and Sennrich, 2019)."""
-    wide = x.astype(jnp.float32)
-    eps = jnp.finfo(jnp.float32).eps
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return (x.astype(jnp.float32) * inverse_rms(x)).astype(x.dtype)
+
+
+def rms_norm_backward(x, g):
+    r = inverse_rms(x)
+    y, g = x.astype(jnp.float32) * r, g.astype(jnp.float32)
+    return ((r * (g - y * jnp.mean(g * y, axis=-1, keepdims=True))).astype(x.dtype),)
+
+
+rms_norm.defvjp(lambda x: (rms_norm(x), x), rms_norm_backward)
 
 
 def apply_rope(x, cos, sin):
-    """Turns channel i of x (B, T, heads, H) against channel i + H / 2, as nanochat does; cos, sin (T, H / 2)."""
-    cos, sin = (table[:, None, :].astype(x.dtype) for table in (cos, sin))
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+    """Turns channel i of x (B, T, heads, H) against channel i + H / 2, as nanochat does; cos, sin (T, H). float32.
+
+    The halves change places in a product with a permutation, exact in any dtype: half a head is half a TPU register,
+    and slicing it out costs a trip to HBM.
+    """
+    swap = jnp.asarray(np.roll(np.eye(x.shape[-1]), x.shape[-1] // 2, axis=1), x.dtype)
+    swapped = jnp.einsum("...h,hg->...g", x, swap, preferred_element_type=jnp.float32, precision="highest")
+    return x.astype(jnp.float32) * cos[:, None] + swapped * sin[:, None]
 
 
-def attention_block(layer, x, cos, sin, attend):
+@jax.custom_vjp
+def rope_and_norm(x, cos, sin):
+    """rms_norm(apply_rope(x)), (B, T, heads, H) -> the same, in one pass: the rotation leaves the rms as it is."""
+    return (apply_rope(x, cos, sin) * inverse_rms(x)).astype(x.dtype)
+
+
+def rope_and_norm_backward(saved, g):
+    x, cos, sin = saved
+    r = inverse_rms(x)
+    y, g = x.astype(jnp.float32) * r, apply_rope(g, cos, -sin)
+    return (r * (g - y * jnp.mean(g * y, axis=-1, keepdims=True))).astype(x.dtype), None, None
+
+
+rope_and_norm.defvjp(lambda x, cos, sin: (rope_and_norm(x, cos, sin), (x, cos, sin)), rope_and_norm_backward)
+
+
+@jax.custom_vjp
+def relu_squared(u):
+    """max(u, 0) ** 2, elementwise."""
+    return jnp.square(jax.nn.relu(u))
+
+
+def relu_squared_forward(u):
+    r = jax.nn.relu(u)
+    return r * r, r
+
+
+relu_squared.defvjp(relu_squared_forward, lambda r, g: (2 * r * g,))
+
+# %% [markdown]
+# With those, a layer is eight lines and the model twelve.
+
+
+# %%
+def attention_block(layer, x, rope, attend):
     """What attention adds to the residual stream x (B, T, D); attend(q, k, v) -> (B, T, N, H)."""
     x = rms_norm(x)
-    q = jnp.einsum("btd,dnh->btnh", x, layer["c_q"])
-    k = jnp.einsum("btd,dkh->btkh", x, layer["c_k"])
+    q = rope_and_norm(jnp.einsum("btd,dnh->btnh", x, layer["c_q"]), *rope)
+    k = rope_and_norm(jnp.einsum("btd,dkh->btkh", x, layer["c_k"]), *rope)
     v = jnp.einsum("btd,dkh->btkh", x, layer["c_v"])
-    q, k = (rms_norm(apply_rope(a, cos, sin)) for a in (q, k))
     return jnp.einsum("btnh,nhd->btd", attend(q, k, v), layer["c_proj"])
 
 
 def mlp_block(layer, x):
     """What the MLP adds to the residual stream x (B, T, D)."""
-    hidden = jax.nn.relu(jnp.einsum("btd,df->btf", rms_norm(x), layer["c_fc"]))
-    return jnp.einsum("btf,fd->btd", hidden * hidden, layer["mlp_proj"])
+    hidden = relu_squared(jnp.einsum("btd,df->btf", rms_norm(x), layer["c_fc"]))
+    return jnp.einsum("btf,fd->btd", hidden, layer["mlp_proj"])
+
+
+def mix(a, x, b, x0):
+    """a * x + b * x0 in the dtype of x, for float32 scalars a and b: bfloat16 could not hold a step of 1e-3 at 1."""
+    return (a * x.astype(jnp.float32) + b * x0.astype(jnp.float32)).astype(x.dtype)
 
 
 def cast_params(config, params):
-    """Parameters in the compute type: the float32 masters are read once a step, not once a microbatch."""
-    return jax.tree.map(lambda p: p.astype(config.dtype), params)
+    """Matrices in the compute type, scalars and RoPE tables as they are. Once a step, not once a microbatch."""
+    cast = lambda path, p: p if p.ndim < 2 or path[0].key == "rope" else p.astype(config.dtype)
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def backbone(config, params, tokens, attend=None, start=0):
@@ -513,13 +654,13 @@ def backbone(config, params, tokens, attend=None, start=0):
     """
     run_attention = ATTENTIONS[config.attn_impl]
     attend = attend or (lambda i, q, k, v: run_attention(q, k, v, config.windows[i]))
-    cos, sin = (jax.lax.dynamic_slice_in_dim(t, start, tokens.shape[1]) for t in params["rope"])
+    rope = [jax.lax.dynamic_slice_in_dim(table, start, tokens.shape[1]) for table in params["rope"]]
     with jax.named_scope("embedding"):
         x = x0 = rms_norm(params["wte"][tokens])
     for i, layer in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}/attention"):
-            x = params["resid_lambdas"][i] * x + params["x0_lambdas"][i] * x0
-            x = x + attention_block(layer, x, cos, sin, functools.partial(attend, i))
+            x = mix(params["resid_lambdas"][i], x, params["x0_lambdas"][i], x0)
+            x = x + attention_block(layer, x, rope, functools.partial(attend, i))
         with jax.named_scope(f"layer_{i}/mlp"):
             x = x + mlp_block(layer, x)
     return rms_norm(x)
@@ -576,17 +717,15 @@ def describe_model(config, model=GPT):
     return "\n".join(["parameters", *rows, "FLOPs per token: {:.3g} ({:.3g} counting all T keys)".format(*flops)])
 
 
-if __name__ == "__main__":
-    print(describe_model(Config()))
-
 # %% [markdown]
 # ## Loss and optimizer
 #
-# The logits are soft-capped, 15 tanh(z / 15), in float32: a cap keeps one confident token from dominating a batch,
-# and bfloat16 would leave 8 bits for a probability.
+# Logits are soft-capped, 15 tanh(z / 15), in float32: the cap keeps one confident token from dominating a batch, and
+# bounds exp() so well that the usual subtraction of the maximum can be left out.
 #
-# The gradient of a step is the mean over microbatches of four sequences, which the compiler keeps in VMEM: on v6e,
-# 16 x 4 sequences were measured at 48 % MFU and 4 x 16 at 43 %.
+# Logits are also the largest thing in training: 8,192 tokens by 32,768 words in float32 are 1 GiB, and autodiff would
+# keep several of that size. Here the gradient is formed where the logits are, slice by slice in the forward pass, so
+# that no slice outlives its turn (the idea of Liger's fused loss and of cut cross-entropy, Wijmans et al., 2024).
 
 
 # %%
@@ -603,17 +742,68 @@ def forward(config, params, tokens, model=GPT):
     return logits_of(config, params, model.backbone(config, params, tokens))
 
 
-def token_losses(config, params, x, y, model=GPT):
-    """Cross-entropy in nats of every token: float32 (B, T), for x, y (B, T) int32. params are cast already."""
-    logits = logits_of(config, params, model.backbone(config, params, x))
+def slice_losses(config, h, lm_head, y):
+    """Losses in nats, float32 (M,), of hidden states h (M, D) and targets y (M,); and what their gradient needs."""
+    with jax.named_scope("lm_head"):
+        z = jnp.einsum("md,dv->mv", h, lm_head)  # in the compute type, as nanochat's: float32 doubles the traffic
     with jax.named_scope("loss"):
-        picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
+        t = jnp.tanh(z.astype(jnp.float32) / config.softcap)
+        hit = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == y[:, None]  # a comparison fuses, a scatter does not
+        lse = jnp.log(jnp.sum(jnp.exp(config.softcap * t), axis=-1))
+        return lse - jnp.sum(jnp.where(hit, config.softcap * t, 0), axis=-1), (t, hit, lse)
+
+
+def slice_grads(config, h, lm_head, y, scale):
+    """(sum of the losses, d/dh (M, D), d/dlm_head (D, V) float32), the gradients times `scale`."""
+    losses, (t, hit, lse) = slice_losses(config, h, lm_head, y)
+    with jax.named_scope("loss"):
+        dz = (jnp.exp(config.softcap * t - lse[:, None]) - hit) * (1 - t * t) * scale
+        dz = dz.astype(h.dtype)
+    with jax.named_scope("lm_head"):
+        dh = jnp.einsum("mv,dv->md", dz, lm_head)
+        return losses.sum(), dh, jnp.einsum("md,mv->dv", h, dz, preferred_element_type=jnp.float32)
+
+
+def in_slices(config, h, y):
+    """h (B, T, D) and y (B, T) as (slices, loss_slice or less, ...)."""
+    size = math.gcd(y.size, config.loss_slice)
+    return h.reshape(-1, size, h.shape[-1]), y.reshape(-1, size)
+
+
+# %%
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def head_loss(config, h, lm_head, y):
+    """Mean cross-entropy in nats, float32, of hidden states h (B, T, D), lm_head (D, V) and targets y (B, T)."""
+    return head_loss_forward(config, h, lm_head, y)[0]
+
+
+def head_loss_forward(config, h, lm_head, y):
+    """The loss, with its gradients ready: the backward pass only scales them."""
+
+    def add(total, hy):
+        loss, dh, d_head = slice_grads(config, hy[0], lm_head, hy[1], 1 / y.size)
+        return (total[0] + loss, total[1] + d_head), dh
+
+    zero = jnp.zeros(()), jnp.zeros(lm_head.shape, jnp.float32)
+    (loss, d_head), dh = jax.lax.scan(add, zero, in_slices(config, h, y))
+    return loss / y.size, (dh.reshape(h.shape), d_head.astype(lm_head.dtype))
+
+
+head_loss.defvjp(head_loss_forward, lambda config, grads, g: (*(d * g.astype(d.dtype) for d in grads), None))
 
 
 def loss_fn(config, params, x, y, model=GPT):
-    """Mean cross-entropy in nats per token, float32 scalar."""
-    return token_losses(config, cast_params(config, params), x, y, model).mean()
+    """Mean cross-entropy in nats per token, float32 scalar, for x, y (B, T) int32."""
+    params = cast_params(config, params)
+    return head_loss(config, model.backbone(config, params, x), params["lm_head"], y)
+
+
+def token_losses(config, params, x, y, model=GPT):
+    """Cross-entropy in nats of every token: float32 (B, T), for x, y (B, T) int32."""
+    params = cast_params(config, params)
+    hidden = model.backbone(config, params, x)
+    one_slice = lambda hy: slice_losses(config, hy[0], params["lm_head"], hy[1])[0]
+    return jax.lax.map(one_slice, in_slices(config, hidden, y)).reshape(y.shape)
 
 
 # %% [markdown]
@@ -672,18 +862,19 @@ def make_mesh(devices=None):
 
 def accumulate_grads(config, model, trainable, constants, x, y):
     """Mean loss and float32 gradients over the microbatches of x, y (accumulation * device_batch_size, T)."""
+    weights = cast_params(config, merge_params(trainable, constants))  # the float32 masters are read once a step
+    weights, constants = split_trainable(weights)
 
-    def microbatch_loss(trainable, x, y):
-        return loss_fn(config, merge_params(trainable, constants), x, y, model)
-
-    def add(total, xy):
-        loss_and_grads = jax.value_and_grad(microbatch_loss)(trainable, *xy)
-        return jax.tree.map(jnp.add, total, loss_and_grads), None
+    def micro_grads(xy):
+        loss = lambda weights: loss_fn(config, merge_params(weights, constants), *xy, model)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), jax.value_and_grad(loss)(weights))
 
     micro = [a.reshape(-1, config.device_batch_size, a.shape[-1]) for a in (x, y)]
-    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (jnp.zeros(()), trainable))
-    total, _ = jax.lax.scan(add, zero, micro)
-    return jax.tree.map(lambda t: t / micro[0].shape[0], total)
+    if len(micro[0]) == 1:
+        return micro_grads([a[0] for a in micro])
+    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), trainable))
+    total, _ = jax.lax.scan(lambda total, xy: (jax.tree.map(jnp.add, total, micro_grads(xy)), None), zero, micro)
+    return jax.tree.map(lambda t: t / len(micro[0]), total)
 
 
 def new_state(config, model, key):
@@ -958,8 +1149,7 @@ def make_evaluator(config, mesh, held_out, token_bytes, model=GPT):
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
 
     def sums(trainable, constants, x, y):
-        params = cast_params(config, merge_params(trainable, constants))
-        losses = token_losses(config, params, x, jnp.maximum(y, 0), model)
+        losses = token_losses(config, merge_params(trainable, constants), x, jnp.maximum(y, 0), model)
         size = jnp.where(y >= 0, jnp.asarray(token_bytes)[jnp.maximum(y, 0)], 0)
         parts = losses * (y >= 0), losses * (size > 0), size
         return jax.lax.psum(jnp.stack([part.sum().astype(jnp.float32) for part in parts]), "data")

@@ -198,10 +198,13 @@ def test_a_crash_while_writing_leaves_no_half_shard(corpus, tmp_path, monkeypatc
     monkeypatch.setattr(pq, "write_table", dying_write)
     with pytest.raises(KeyboardInterrupt):
         tok.offline_corpus(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard_00000.parquet", "shard_00001.parquet"]
+    whole = sorted(tmp_path.iterdir())
+    assert [path.name for path in whole] == ["shard_00000.parquet", "shard_00001.parquet"]
+    written = [path.stat().st_mtime_ns for path in whole]
     monkeypatch.setattr(pq, "write_table", write)
     again = tok.offline_corpus(tmp_path)
     assert [path.read_bytes() for path in again.train] == [path.read_bytes() for path in corpus.train]
+    assert [path.stat().st_mtime_ns for path in whole] == written  # nothing is written twice
 
 
 def test_split_source_loses_nothing():
