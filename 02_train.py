@@ -99,7 +99,6 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib
 import itertools
 import json
@@ -107,7 +106,6 @@ import math
 import os
 import queue
 import shutil
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +118,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import common
-from common import UserError, say, setting
+from common import UserError, require, say, setting
 
 tok = importlib.import_module("01_tokenizer")
 
@@ -201,12 +199,6 @@ class Config:
 
 
 # %%
-def require(condition, field, value, remedy):
-    """Raises UserError naming the field, its value and what would be right, unless the condition holds."""
-    if not condition:
-        raise UserError(f"{field}={value!r}: {remedy}")
-
-
 def check_config(config):
     """Raises UserError for the first field of a Config that cannot work."""
     c = config
@@ -1052,36 +1044,13 @@ def generate(config, params, prompt, max_new_tokens, temperature=0.0, top_k=0, s
 
 
 # %%
-def path_name(path):
-    """A pytree path as one word: layers.0.c_q."""
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-
-
-def flatten(tree):
-    """{"layers.0.c_q": NumPy array, ...} of a pytree of dicts, lists and tuples."""
-    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def unflatten(template, arrays):
-    """The inverse of flatten, in the shape of `template`; UserError names an array that is missing or ill-shaped."""
-
-    def find(path, leaf):
-        name = path_name(path)
-        require(name in arrays, "checkpoint", name, "this array is missing: the checkpoint is of another model")
-        shape = arrays[name].shape
-        require(shape == leaf.shape, "checkpoint", f"{name} {shape}", f"the model has {leaf.shape}: another config?")
-        return arrays[name]
-
-    return jax.tree_util.tree_map_with_path(find, template)
-
-
 def save_checkpoint(run_dir, config, state, stream, notes):
     """Writes run_dir/checkpoints/step_NNNNNNNN and returns its path.
 
     state is the train state, stream the data stream's state behind it, notes anything JSON can hold. If the folder
     is there already, from the same step of the same run, it stays.
     """
-    arrays = flatten(state)
+    arrays = common.flatten(state)
     path = Path(run_dir) / "checkpoints" / f"step_{int(state['step']):08d}"
     if path.exists():
         return path
@@ -1105,7 +1074,7 @@ def load_checkpoint(path, config, mesh, model=GPT):
     weights, rest = (load_file(Path(path) / f"{name}.safetensors") for name in ("params", "optimizer"))
     notes = json.loads((Path(path) / "state.json").read_text())
     stream = {**notes.pop("stream"), "tokens": rest.pop("stream.tokens")}
-    state = unflatten(template, {**{f"params.{name}": a for name, a in weights.items()}, **rest})
+    state = common.unflatten(template, {**{f"params.{name}": a for name, a in weights.items()}, **rest})
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec())), stream, notes
 
 
@@ -1374,62 +1343,17 @@ PRESETS = {
         "save_every": 400,
     },
 }
-PRESET_OF = {"tpu": "chip", "gpu": "gpu", "cpu": "laptop"}
 PROMPTS = {
     "stdlib": ("import ", "def __init__(self", '    """Return '),
     "default": ("The capital of France is", "If yesterday was Friday, then", "The chemical symbol of gold is"),
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What to run, on which data, and where to leave it."""
-
-    preset: str = setting("", "chip, gpu or laptop; empty: by the device")
-    data: str = setting("", "offline, fineweb, or a folder of parquet shards; empty: offline for laptop, else fineweb")
-    num_shards: int = setting(0, "FineWeb-Edu shards to train on, 50M tokens each; 0: as many as the run needs")
-    name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")
-    out: str = setting("runs", "folder for the runs")
-    hub_repo: str = setting("", "Hub repository to upload to, where there is a token; empty: <you>/onechip-<name>")
-
-
-def name_run(run, config):
-    """A name that is the same for the same settings, so that a second start resumes the first."""
-    settings = json.dumps([run.data, run.num_shards, dataclasses.asdict(config)], sort_keys=True)
-    data = Path(run.data).name
-    return f"{run.preset}-{data}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
-
-
-def choose(overrides="", presets=PRESETS, config_class=Config):
-    """(Run, Config) with nothing left open: presets by the device, then what the user set. Says what and why."""
-    run, fields = common.parse_settings(Run, config_class, overrides=overrides)
-    run, device = Run(**run), jax.local_devices()[0]
-    preset = run.preset or PRESET_OF.get(device.platform, "gpu")
-    require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
-    config = config_class(**{**presets[preset], **fields})
-    because = "as set" if run.preset else f"as the device is a {device.platform}"
-    data = run.data or ("offline" if preset == "laptop" else "fineweb")
-    tokens = config.num_iterations * config.total_batch_size * config.seq_len
-    shards = run.num_shards or min(1000, math.ceil(tokens / 50e6))
-    run = dataclasses.replace(run, preset=preset, data=data, num_shards=shards)
-    run = dataclasses.replace(run, name=run.name or name_run(run, config))
-    because = "as set" if "preset" in fields else f"the device is {device.platform}"
-    say(
-        f"device: {jax.local_device_count()} x {device.device_kind} (jax {jax.__version__}, {os.cpu_count()} CPU cores)"
-    )
-    say(f"preset: {preset} ({because}); data: {data}; set with --preset and --data, --help lists all settings")
-    say(
-        f"run: {run.out}/{run.name}, {config.num_iterations:,} steps of {config.total_batch_size} x {config.seq_len} "
-        f"tokens, {tokens / 1e6:,.1f}M in all"
-    )
-    return run, config
-
-
 # %%
 OVERRIDES = ""  # @param {type:"string"}
 
 if __name__ == "__main__":
-    run, config = choose(OVERRIDES)
+    run, config = common.choose(Config, PRESETS, OVERRIDES)
     hub_token = common.read_secret("HF_TOKEN")
     print(describe_model(config))
     corpus = tok.get_corpus(run.data, run.num_shards)
@@ -1446,21 +1370,8 @@ if __name__ == "__main__":
 
 
 # %%
-def describe_result(result, config):
-    """What came out of a run, in a few lines."""
-    lines = [f"trained: {result.step:,} of {config.num_iterations:,} steps"]
-    if result.val_bpb is not None:
-        gain = 1 - result.val_bpb / result.gzip_bpb
-        verdict = f"{gain:.0%} below" if gain > 0 else f"{-gain:.0%} above"
-        lines[0] += f", held-out loss {result.val_loss:.3f} nats per token"
-        lines.append(f"held-out text: {result.val_bpb:.3f} bits per byte, {verdict} gzip -9 with {result.gzip_bpb:.3f}")
-    lines += [f"sample: {prompt!r} -> {text!r}" for prompt, text in result.samples]
-    lines.append(f"left in {result.run_dir}: config.json, metrics.jsonl, loss.png, profile/, checkpoints/")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    print(describe_result(result, config))
+    print(common.describe_result(result, config))
     if common.in_notebook():
         from IPython.display import Image, display
 
@@ -1473,18 +1384,8 @@ if __name__ == "__main__":
 
 
 # %%
-def open_tensorboard(run_dir):
-    """Shows TensorBoard below the cell on Colab; elsewhere says how to start it."""
-    if "google.colab" in sys.modules:
-        from tensorboard import notebook
-
-        notebook.start(f"--logdir {run_dir}")
-    else:
-        say(f"profile: uv run tensorboard --logdir {run_dir}")
-
-
 if __name__ == "__main__":
-    open_tensorboard(result.run_dir)
+    common.open_tensorboard(result.run_dir)
 
 # %% [markdown]
 # ## Save
@@ -1495,21 +1396,17 @@ if __name__ == "__main__":
 
 
 # %%
-MODEL_FILES = ["params.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "loss.png"]
-
-
 def export_model(result, tokenizer):
-    """Collects what a model is made of in run_dir/model and returns that folder; the files of MODEL_FILES."""
-    folder = Path(result.run_dir) / "model"
+    """Collects weights, config, tokenizer and curve in run_dir/model, for the Hub or any other reader; returns it."""
+    folder, checkpoint = result.run_dir / "model", newest_checkpoint(result.run_dir)
     folder.mkdir(exist_ok=True)
-    trained = newest_checkpoint(result.run_dir)
-    for source in (trained / "params.safetensors", *(Path(result.run_dir) / name for name in MODEL_FILES)):
-        if source.exists():
-            with common.atomic_write(folder / source.name) as part:
-                shutil.copyfile(source, part)
+    for source in (checkpoint / "params.safetensors", *result.run_dir.glob("*.json"), *result.run_dir.glob("loss.png")):
+        with common.atomic_write(folder / source.name) as part:
+            shutil.copyfile(source, part)
     tok.save_tokenizer(tokenizer, folder / "tokenizer.json")
     return folder
 
 
 if __name__ == "__main__":
-    tok.upload_folder(export_model(result, tokenizer), MODEL_FILES, hub_token, run.hub_repo, f"onechip-{run.name}")
+    folder = export_model(result, tokenizer)
+    tok.upload_folder(folder, sorted(os.listdir(folder)), hub_token, run.hub_repo, f"onechip-{run.name}")

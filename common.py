@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -25,6 +26,12 @@ GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 class UserError(ValueError):
     """Bad input. The message is one line: the field or file, its value, and what would be right."""
+
+
+def require(condition, field, value, remedy):
+    """Raises UserError naming the field, its value and what would be right, unless the condition holds."""
+    if not condition:
+        raise UserError(f"{field}={value!r}: {remedy}")
 
 
 def say(text):
@@ -386,3 +393,100 @@ def plot_losses(rows, gzip_bpb, path):
     below.grid(alpha=0.3)
     with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=120)
+
+
+def path_name(path):
+    """A pytree path as one word: layers.0.c_q."""
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def flatten(tree):
+    """{"layers.0.c_q": NumPy array, ...} of a pytree of dicts, lists and tuples."""
+    import jax
+    import numpy as np
+
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(template, arrays):
+    """The inverse of flatten, in the shape of `template`; UserError names an array that is missing or ill-shaped."""
+    import jax
+
+    def find(path, leaf):
+        name = path_name(path)
+        require(name in arrays, "checkpoint", name, "this array is missing: the checkpoint is of another model")
+        shape = arrays[name].shape
+        require(shape == leaf.shape, "checkpoint", f"{name} {shape}", f"the model has {leaf.shape}: another config?")
+        return arrays[name]
+
+    return jax.tree_util.tree_map_with_path(find, template)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What to run, and what came out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What to run, on which data, and where to leave it."""
+
+    preset: str = setting("", "chip, gpu or laptop; empty: by the device")
+    data: str = setting("", "offline, fineweb, or a folder of parquet shards; empty: offline for laptop, else fineweb")
+    num_shards: int = setting(0, "FineWeb-Edu shards to train on, 50M tokens each; 0: as many as the run needs")
+    name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")
+    out: str = setting("runs", "folder for the runs")
+    hub_repo: str = setting("", "Hub repository to upload to, where there is a token; empty: <you>/onechip-<name>")
+
+
+def name_run(run, config):
+    """A name that is the same for the same settings, so that a second start resumes the first."""
+    settings = json.dumps([run.data, run.num_shards, dataclasses.asdict(config)], sort_keys=True)
+    return f"{run.preset}-{Path(run.data).name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
+
+
+def choose(config_class, presets, overrides=""):
+    """(Run, config) with nothing left open: a preset by the device, then what the user set. Says what and why."""
+    import jax
+
+    run, fields = parse_settings(Run, config_class, overrides=overrides)
+    run, device = Run(**run), jax.local_devices()[0]
+    preset = run.preset or {"tpu": "chip", "cpu": "laptop"}.get(device.platform, "gpu")
+    require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
+    config = config_class(**{**presets[preset], **fields})
+    data = run.data or ("offline" if preset == "laptop" else "fineweb")
+    tokens = config.num_iterations * config.total_batch_size * config.seq_len
+    shards = run.num_shards or min(1000, math.ceil(tokens / 50e6))
+    because = "as set" if run.preset else f"as the device is a {device.platform}"
+    whose = "as set" if run.data else f"as the preset is {preset}"
+    run = dataclasses.replace(run, preset=preset, data=data, num_shards=shards)
+    run = dataclasses.replace(run, name=run.name or name_run(run, config))
+    say(
+        f"device: {jax.local_device_count()} x {device.device_kind} (jax {jax.__version__}, {os.cpu_count()} CPU cores)"
+    )
+    say(f"preset: {preset}, {because}; data: {data}, {whose}; --help lists all that can be set")
+    batch = f"{config.total_batch_size} x {config.seq_len}"
+    say(f"run: {run.out}/{run.name}: {config.num_iterations:,} steps of {batch} tokens, {tokens / 1e6:,.1f}M in all")
+    return run, config
+
+
+def describe_result(result, config):
+    """What came out of a run, in a few lines."""
+    lines = [f"trained: {result.step:,} of {config.num_iterations:,} steps"]
+    if result.val_bpb is not None:
+        gain = 1 - result.val_bpb / result.gzip_bpb
+        verdict = f"{gain:.0%} below" if gain > 0 else f"{-gain:.0%} above"
+        lines[0] += f", held-out loss {result.val_loss:.3f} nats per token"
+        lines.append(f"held-out text: {result.val_bpb:.3f} bits per byte, {verdict} gzip -9 with {result.gzip_bpb:.3f}")
+    lines += [f"sample: {prompt!r} -> {text!r}" for prompt, text in result.samples]
+    lines.append(f"left in {result.run_dir}: config.json, metrics.jsonl, loss.png, profile/, checkpoints/")
+    return "\n".join(lines)
+
+
+def open_tensorboard(run_dir):
+    """Shows TensorBoard below the cell on Colab; elsewhere says how to start it."""
+    if "google.colab" in sys.modules:
+        from tensorboard import notebook
+
+        notebook.start(f"--logdir {run_dir}")
+    else:
+        say(f"profile: uv run tensorboard --logdir {run_dir}")
