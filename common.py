@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 # PCI ids of TPU v2 to v7, as JAX's own hardware check lists them.
@@ -259,8 +260,8 @@ class RunLog:
 
     def __init__(self, path, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10):
         """peak_rate: tokens/s at the device's peak FLOPS, for MFU; None where that is not known."""
-        from tqdm.auto import tqdm
-
+        with warnings.catch_warnings(action="ignore"):  # a notebook without ipywidgets gets the plain bar
+            from tqdm.auto import tqdm
         self.rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         self._file = open(path, "a")
         self._pending, self._every, self._on_log = [], every, on_log

@@ -405,7 +405,9 @@ def test_git_commit_is_none_without_git(monkeypatch):
     assert common.git_commit() is None
 
 
-@pytest.mark.parametrize("vendor, device, found", [("0x1ae0", "0x006f", True), ("0x1ae0", "0x0042", False), ("0x8086", "0x006f", False)])
+@pytest.mark.parametrize(
+    "vendor, device, found", [("0x1ae0", "0x006f", True), ("0x1ae0", "0x0042", False), ("0x8086", "0x006f", False)]
+)
 def test_a_tpu_is_known_by_its_pci_id(tmp_path, monkeypatch, vendor, device, found):
     """Google's vendor id alone is not enough (its network card has it too), nor the device's number alone."""
     (tmp_path / "vendor").write_text(vendor + "\n")

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from common import UserError
 
@@ -29,9 +28,9 @@ train = importlib.import_module("02_train")
 ROOT = Path(__file__).resolve().parent.parent
 EPS32 = 2.0**-23  # torch's F.rms_norm and the model add float32's epsilon to the mean square
 
-# B 5 | T 13 | D 84 | N 6 | K 3 | H 14 | F 336 | L 4 | V 31; context 18, so that an S layer sees 9 keys
+# B 5 | T 13 | D 84 | N 6 | K 2 | H 14 | F 336 | L 3 | V 31; context 18, so that an S layer sees 9 keys
 TINY = train.Config(
-    n_head=6, n_kv_head=3, head_dim=14, aspect_ratio=21, vocab_size=31, seq_len=18, window_pattern="SLS",
+    n_head=6, n_kv_head=2, head_dim=14, aspect_ratio=28, vocab_size=31, seq_len=18, window_pattern="SLS",
     softcap=7.0, rope_base=50.0, attn_impl="einsum", dtype="float32", device_batch_size=5, total_batch_size=5,
     num_iterations=40, learning_rate=3e-3, eps=1e-3,
 )  # fmt: skip
@@ -124,9 +123,9 @@ def token_losses_reference(config, params, x, y):
 def random_params(config, seed=0):
     """Parameters with nothing at its initial value; every residual branch adds about as much as the stream has."""
     rng = np.random.default_rng(seed)
-    trainable, constants = train.split_trainable(
-        jax.jit(functools.partial(train.init_params, config))(jax.random.key(seed))
-    )
+    init = lambda key: train.split_trainable(train.init_params(config, key))
+    constants = jax.jit(lambda key: init(key)[1])(jax.random.key(0))  # alone: no weight is drawn to be thrown away
+    trainable = jax.eval_shape(init, jax.random.key(0))[0]
     D = config.n_embd
     scales = {
         "wte": 1.0, "lm_head": 0.5, "c_q": D**-0.5, "c_k": D**-0.5, "c_v": 1.5 * D**-0.5, "c_proj": 1.2 * D**-0.5,
@@ -171,11 +170,12 @@ def distance(tree, reference):
 # (T, N, K, H): grouped, one head each, one for all; kernels work on blocks of 128 tokens
 SMALL = {"GQA": (13, 6, 3, 10), "MHA": (11, 5, 5, 6), "MQA": (17, 7, 1, 4)}
 BLOCKS = {"GQA": (256, 6, 3, 10), "MHA": (384, 2, 2, 6), "MQA": (128, 5, 1, 14)}
-WINDOWS = {"einsum": (1, 5, "half", "all"), "jax": (1, 5, "half", "all"), "splash": (1, 77, "half", "all"), "pallas": ("all",)}
+WINDOWS = (1, 5, "half", "all")
 ATTENTION_CASES = [
-    (impl, heads, window)
-    for impl, windows in WINDOWS.items()
-    for heads, window in itertools.product(SMALL, windows)
+    *itertools.product(("einsum", "jax"), SMALL, WINDOWS),
+    *(("splash", "GQA", window) for window in (1, 77, "half", "all")),
+    *(("splash", *case) for case in (("MHA", 77), ("MHA", "all"), ("MQA", 1), ("MQA", "half"))),
+    *itertools.product(("pallas",), BLOCKS, ("all",)),
 ]
 
 
@@ -221,7 +221,7 @@ def test_attention_equals_the_reference_in_value_and_gradient(impl, heads, windo
 
 @pytest.mark.parametrize("impl, window", [("einsum", 5), ("jax", 5), ("splash", 77), ("pallas", 256)])
 def test_a_key_is_seen_from_its_own_position_for_window_queries_and_by_no_other(impl, window):
-    """A mask off by one: changing key and value t changes outputs t to t + window - 1, and no other, to the last bit."""
+    """A mask off by one: key and value t change outputs t to t + window - 1, and no other, to the last bit."""
     (q, k, v, _), _ = attention_case(impl, "GQA", window)
     attend = jax.jit(lambda q, k, v: train.ATTENTIONS[impl](q, k, v, window))
     before, length = np.asarray(attend(q, k, v)), q.shape[1]
@@ -250,7 +250,7 @@ def test_attention_in_bfloat16_takes_its_softmax_in_float32():
 
 
 @pytest.mark.parametrize("impl", ["einsum", "jax"])
-@pytest.mark.parametrize("kv_heads, pattern", [(3, "SLS"), (0, "LS"), (1, "S")])
+@pytest.mark.parametrize("kv_heads, pattern", [(2, "SLS"), (0, "LS"), (1, "S")])
 def test_forward_equals_a_float64_transformer(impl, kv_heads, pattern):
     """Logits equal the transformer of design.md, every parameter away from its initial value, to 2e-5 of softcap 7."""
     config = replace(n_kv_head=kv_heads, window_pattern=pattern, attn_impl=impl)
@@ -271,30 +271,39 @@ def test_forward_with_a_kernel_equals_a_float64_transformer(impl, pattern):
     np.testing.assert_allclose(logits, logits_reference(config, widen(params), tokens), rtol=0, atol=2e-5)
 
 
-def test_loss_equals_the_reference_token_by_token():
-    """Cross-entropy per token and its mean equal float64 to 1e-5: targets are picked from the right row and column."""
-    params, tokens = random_params(TINY), random_tokens(TINY, B, T + 1)
-    x, y = tokens[:, :-1], tokens[:, 1:]
-    want = token_losses_reference(TINY, widen(params), x, y)
-    losses = jax.jit(lambda p: train.token_losses(TINY, train.cast_params(TINY, p), x, y))(params)
+def loss_and_grads(config, params, x, y):
+    """loss_fn and its gradients for what is trained."""
+    trainable, constants = train.split_trainable(params)
+    loss = lambda trainable: train.loss_fn(config, train.merge_params(trainable, constants), x, y)
+    return jax.device_get(jax.jit(jax.value_and_grad(loss))(trainable))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """x, y: (B, T) each."""
+    tokens = random_tokens(TINY, B, T + 1)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.fixture(scope="module")
+def tiny_loss_and_grads(batch):
+    return loss_and_grads(TINY, random_params(TINY), *batch)
+
+
+def test_loss_equals_the_reference_token_by_token(batch, tiny_loss_and_grads):
+    """Cross-entropy per token and its mean equal float64 to 2e-5: targets are picked from the right row and column."""
+    params = random_params(TINY)
+    want = token_losses_reference(TINY, widen(params), *batch)
+    losses = jax.jit(lambda p: train.token_losses(TINY, train.cast_params(TINY, p), *batch))(params)
     assert losses.shape == (B, T) and losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, want, rtol=0, atol=2e-5)
-    loss = jax.jit(functools.partial(train.loss_fn, TINY))(params, x, y)
-    assert loss.dtype == jnp.float32 and float(loss) == pytest.approx(want.mean(), abs=1e-5)
+    loss, _ = tiny_loss_and_grads
+    assert loss.dtype == np.float32 and float(loss) == pytest.approx(want.mean(), abs=1e-5)
 
 
-def loss_grads(config, params, x, y):
-    """Gradients of loss_fn for what is trained."""
-    trainable, constants = train.split_trainable(params)
-    return jax.jit(jax.grad(lambda t: train.loss_fn(config, train.merge_params(t, constants), x, y)))(trainable)
-
-
-def test_gradients_equal_central_differences_of_the_float64_loss():
+def test_gradients_equal_central_differences_of_the_float64_loss(batch, tiny_loss_and_grads):
     """Every parameter's gradient, at its largest and at random entries, is that of the float64 loss to 1e-4."""
-    config = replace(window_pattern="S")
-    params, tokens = random_params(config), random_tokens(config, 2, 11)
-    x, y = tokens[:, :-1], tokens[:, 1:]
-    grads, wide = loss_grads(config, params, x, y), widen(params)
+    (_, grads), wide = tiny_loss_and_grads, widen(random_params(TINY))
     rng, step = np.random.default_rng(5), 1e-5
     leaves = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wide), strict=True)
     for (path, grad), leaf in leaves:
@@ -303,38 +312,42 @@ def test_gradients_equal_central_differences_of_the_float64_loss():
             ends = []
             for sign in (1, -1):
                 flat[i] += sign * step
-                ends.append(token_losses_reference(config, wide, x, y).mean())
+                ends.append(token_losses_reference(TINY, wide, *batch).mean())
                 flat[i] -= sign * step
             slope = (ends[0] - ends[1]) / (2 * step)
-            assert grad[i] == pytest.approx(slope, rel=1e-4, abs=1e-4 * np.abs(grad).max()), jax.tree_util.keystr(path)
+            assert grad[i] == pytest.approx(slope, rel=1e-4, abs=1e-4 * float(np.abs(grad).max())), path
 
 
-def test_bfloat16_stays_near_float32_in_loss_and_gradient():
-    """bfloat16 has 8 bits: its logits are float32, its loss is within 1 % and every gradient within 10 % in norm."""
-    half = replace(dtype="bfloat16")
-    params, tokens = random_params(TINY), random_tokens(TINY, B, T + 1)
-    x, y = tokens[:, :-1], tokens[:, 1:]
-    assert train.forward(half, params, x).dtype == jnp.float32
-    loss, half_loss = (float(train.loss_fn(config, params, x, y)) for config in (TINY, half))
+def test_bfloat16_stays_near_float32_in_loss_and_gradient(batch, tiny_loss_and_grads):
+    """bfloat16 has 8 bits: its loss is within 1 % of float32's and every gradient, kept in float32, within 10 %."""
+    loss, grads = tiny_loss_and_grads
+    half_loss, half_grads = loss_and_grads(replace(dtype="bfloat16"), random_params(TINY), *batch)
     assert half_loss != loss  # it does compute in bfloat16
-    assert half_loss == pytest.approx(loss, rel=0.01)
-    grads, half_grads = (loss_grads(config, params, x, y) for config in (TINY, half))
-    for (path, grad), half_grad in zip(
-        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(half_grads), strict=True
-    ):
-        assert half_grad.dtype == jnp.float32
-        error = np.linalg.norm(half_grad - grad) / np.linalg.norm(grad)
-        assert error < 0.1, (jax.tree_util.keystr(path), error)
+    assert half_loss == pytest.approx(float(loss), rel=0.01)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(half_grads), strict=True)
+    for (path, grad), half_grad in leaves:
+        assert half_grad.dtype == np.float32
+        assert np.linalg.norm(half_grad - grad) < 0.1 * np.linalg.norm(grad), path
+
+
+@pytest.mark.parametrize("size", [13, 65])
+def test_loss_slices_do_not_change_loss_or_gradient(size, batch, tiny_loss_and_grads):
+    """The loss is made slice by slice to save memory: one slice of 65 tokens gives what 5 of 13 and 65 of 1 give."""
+    loss, grads = tiny_loss_and_grads
+    sliced_loss, sliced_grads = loss_and_grads(replace(loss_slice=size), random_params(TINY), *batch)
+    assert sliced_loss == pytest.approx(float(loss), rel=1e-6)
+    assert distance(sliced_grads, grads) < 1e-5
 
 
 @pytest.mark.parametrize("name, old, new", [("resid_lambdas", 1.0, 1.001), ("x0_lambdas", 0.1, 0.1002)])
 def test_bfloat16_does_not_round_the_lambdas(name, old, new):
-    """Rounded to bfloat16, 1.001 is 1 and 0.1002 is 0.1: an optimizer's small steps would be lost in the forward pass."""
+    """Rounded to bfloat16, 1.001 is 1 and 0.1002 is 0.1: an optimizer's small steps would have no effect."""
     config = replace(dtype="bfloat16")
     params, tokens = random_params(config), random_tokens(config, B, T)
     forward = jax.jit(functools.partial(train.forward, config))
     values = (np.full(config.n_layer, value, np.float32) for value in (old, new))
     before, after = (np.asarray(forward({**params, name: value}, tokens)) for value in values)
+    assert before.dtype == np.float32
     assert (before != after).any()
 
 
@@ -347,7 +360,7 @@ def test_initial_parameters_are_distributed_as_designed():
     config = replace(vocab_size=997)
     params, _ = train.split_trainable(train.init_params(config, jax.random.key(7)))
     assert set(params) == {"wte", "lm_head", "resid_lambdas", "x0_lambdas", "layers"}
-    D, N, K, H, F, L, V = 84, 6, 3, 14, 336, 4, 997
+    D, N, K, H, F, L, V = 84, 6, 2, 14, 336, 3, 997
     assert params["wte"].shape == (V, D) and params["lm_head"].shape == (D, V)
     for name, scale in (("wte", 1.0), ("lm_head", 0.001)):
         values = np.asarray(params[name]) / scale
@@ -374,17 +387,8 @@ def test_initial_parameters_are_distributed_as_designed():
     assert not np.array_equal(other["wte"], params["wte"])
 
 
-def test_initial_loss_is_that_of_a_uniform_guess():
-    """At step 0 all logits are nearly 0, so the loss is log(V) to 1e-3: a wrong scale or a missing norm shows here."""
-    config = replace(vocab_size=97)
-    state, constants = train.init_state(config, train.make_mesh())
-    tokens = random_tokens(config, B, T + 1)
-    loss = train.loss_fn(config, train.merge_params(state["params"], constants), tokens[:, :-1], tokens[:, 1:])
-    assert float(loss) == pytest.approx(math.log(97), abs=1e-3)
-
-
 def test_split_and_merge_are_inverse_and_part_what_is_not_trained():
-    """RoPE tables in the optimizer would be decayed, counted and saved: they come apart, and together again the same."""
+    """RoPE tables in the optimizer would be decayed, counted and saved: they come apart, and together the same."""
     params = random_params(TINY)
     trainable, constants = train.split_trainable(params)
     assert not set(trainable) & set(constants) and jax.tree.leaves(constants)
@@ -398,7 +402,7 @@ def test_count_params_counts_each_group_and_the_default_has_268_million():
     V, D, L = 32768, 1024, 16
     want = {"embed": V * D, "attention": 4 * D * D * L, "mlp": 8 * D * D * L, "lm_head": D * V, "scalars": 2 * L}
     assert train.count_params(train.Config()) == {**want, "total": 268_435_488}
-    D, N, K, H, F, L, V = 84, 6, 3, 14, 336, 4, 31
+    D, N, K, H, F, L, V = 84, 6, 2, 14, 336, 3, 31
     want = {"embed": V * D, "attention": L * (2 * D * N * H + 2 * D * K * H), "mlp": L * 2 * D * F, "lm_head": D * V}
     want["scalars"] = 2 * L
     assert train.count_params(TINY) == {**want, "total": sum(want.values())}
@@ -415,7 +419,7 @@ def test_mean_keys_is_what_counting_gives(length, window):
 
 def test_flops_per_token_are_counted_multiplication_by_multiplication():
     """MFU rests on this: 2 FLOPs per multiply-add, three passes, and only the pairs that a query really sees."""
-    D, N, K, H, F, V, length = 84, 6, 3, 14, 336, 31, 18
+    D, N, K, H, F, V, length = 84, 6, 2, 14, 336, 31, 18
     macs = full = 0
     for window in windows_reference(TINY):
         per_token = D * N * H + 2 * D * K * H + N * H * D + 2 * D * F
@@ -452,7 +456,8 @@ REFUSED = [
     (dict(window_pattern="SXL"), "window_pattern='SXL'", "S and L"),
     (dict(window_pattern="sl"), "window_pattern='sl'", "S and L"),
     (dict(dtype="float16"), "dtype='float16'", "bfloat16 or float32"),
-    (dict(softcap=0.0), "softcap=0.0", "greater than 0"),
+    (dict(softcap=0.0), "softcap=0.0", "(0, 60]"),
+    (dict(softcap=61.0), "softcap=61.0", "(0, 60]"),
     (dict(rope_base=-1.0), "rope_base=-1.0", "greater than 0"),
     (dict(device_batch_size=0), "device_batch_size=0", "positive"),
     (dict(total_batch_size=0), "total_batch_size=0", "greater than 0"),
@@ -491,10 +496,10 @@ def test_config_derives_sizes_and_windows():
     default = train.Config()
     assert (default.n_embd, default.n_layer, default.mlp_dim, default.n_kv_head) == (1024, 16, 4096, 8)
     assert default.windows == (1024, 1024, 1024, 2048) * 4
-    assert (TINY.n_embd, TINY.n_layer, TINY.mlp_dim, TINY.n_kv_head) == (84, 4, 336, 3)
-    for pattern, want in (("S", (9, 9, 9, 18)), ("LS", (18, 9, 18, 18)), ("SLS", (9, 18, 9, 18)), ("L", (18,) * 4)):
+    assert (TINY.n_embd, TINY.n_layer, TINY.mlp_dim, TINY.n_kv_head) == (84, 3, 336, 2)
+    for pattern, want in (("S", (9, 9, 18)), ("LS", (18, 9, 18)), ("SLS", (9, 18, 18)), ("L", (18,) * 3)):
         assert replace(window_pattern=pattern).windows == want
-    assert replace(seq_len=1, window_pattern="S").windows == (1,) * 4  # half of one token is still one key
+    assert replace(seq_len=1, window_pattern="S").windows == (1,) * 3  # half of one token is still one key
     assert replace(n_kv_head=0).n_kv_head == 6
     assert train.Config(n_head=2, attn_impl="pallas", window_pattern="L", seq_len=256).windows == (256,) * 4
 
@@ -610,7 +615,8 @@ def test_global_norm_is_euclidean_over_all_leaves():
 # ---------------------------------------------------------------------------------------------------------------
 # The step
 
-STEP = replace(device_batch_size=2, total_batch_size=12, grad_clip=0.0)
+# Two layers. eps is large, so that what rounding makes of a gradient of nearly 0 does not decide a parameter's sign.
+STEP = replace(aspect_ratio=42, device_batch_size=2, total_batch_size=12, grad_clip=0.0, learning_rate=1e-2, eps=1e-3)
 
 
 @functools.cache
@@ -618,29 +624,39 @@ def make_step(config):
     return train.make_train_step(config)
 
 
-def run_steps(config, count, seed=2, params=None):
+def run_steps(config, count, params=None):
     """(state on the host, losses, metrics of the last step) after `count` steps on as many batches."""
-    state, constants = train.init_state(config, train.make_mesh())
+    state, constants = fresh_state()
     if params is not None:
-        state = {**state, "params": jax.tree.map(jnp.asarray, train.split_trainable(params)[0])}
+        state["params"] = jax.tree.map(jnp.asarray, {k: params[k] for k in state["params"]})
     losses = []
     for i in range(count):
-        state, metrics = make_step(config)(state, constants, *random_batch(config, seed + i))
+        state, metrics = make_step(config)(state, constants, *random_batch(config, 2 + i))
         losses.append(np.asarray(metrics["loss"]))
     return jax.device_get(state), losses, jax.device_get(metrics)
+
+
+@functools.cache
+def initial_state():
+    return jax.device_get(train.init_state(STEP, train.make_mesh()))
+
+
+def fresh_state():
+    """STEP's (state, constants), on the device and there to be donated."""
+    return jax.tree.map(jnp.array, initial_state())
 
 
 @pytest.fixture(scope="module")
 def whole_batch():
     """Three steps of 12 sequences in one microbatch, from parameters with nothing at zero."""
-    return run_steps(replace(device_batch_size=12, total_batch_size=12, grad_clip=0.0), 3, params=random_params(TINY))
+    return run_steps(dataclasses.replace(STEP, device_batch_size=12), 3, random_params(STEP))
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 3])
 def test_accumulating_equals_one_large_batch(microbatch, whole_batch):
     """12 sequences by 1, 2 or 3 at a time: the same losses, moments and parameters to rounding; sums are not means."""
-    state, losses, metrics = run_steps(replace(device_batch_size=microbatch, total_batch_size=12, grad_clip=0.0), 3,
-                                       params=random_params(TINY))  # fmt: skip
+    config = dataclasses.replace(STEP, device_batch_size=microbatch)
+    state, losses, metrics = run_steps(config, 3, random_params(STEP))
     want_state, want_losses, want_metrics = whole_batch
     np.testing.assert_allclose(losses, want_losses, rtol=2e-6)
     assert metrics["grad_norm"] == pytest.approx(want_metrics["grad_norm"], rel=2e-5)
@@ -650,13 +666,13 @@ def test_accumulating_equals_one_large_batch(microbatch, whole_batch):
 
 def test_the_step_is_the_gradient_of_the_mean_loss_put_through_adamw():
     """One step equals loss_fn's gradient, global_norm and the float64 AdamW, and reports what it did."""
-    params = random_params(TINY)
-    state, losses, metrics = run_steps(STEP, 1, params=params)
+    params = random_params(STEP)
+    state, losses, metrics = run_steps(STEP, 1, params)
     x, y = random_batch(STEP)
     wide = widen(params)
     assert losses[0] == pytest.approx(token_losses_reference(STEP, wide, x, y).mean(), abs=1e-5)
     flat = lambda tree: {jax.tree_util.keystr(k): np.float64(a) for k, a in jax.tree_util.tree_leaves_with_path(tree)}
-    want, grads = flat(wide), flat(loss_grads(STEP, params, x, y))
+    want, grads = flat(wide), flat(loss_and_grads(STEP, params, x, y)[1])
     norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert metrics["lr"] == pytest.approx(rate_reference(STEP, 0), rel=1e-6)
@@ -669,19 +685,21 @@ def test_the_step_is_the_gradient_of_the_mean_loss_put_through_adamw():
 
 def test_clipping_scales_the_gradient_to_the_norm_and_no_further():
     """A gradient above grad_clip is scaled to it as a whole, one below is left alone, and 0 means no clipping."""
-    params = random_params(TINY)
-    free, _, metrics = run_steps(STEP, 1, params=params)
-    norm = float(metrics["grad_norm"])
-    for clip, scale in ((norm / 3, 1 / 3), (norm * 3, 1.0)):
-        clipped, _, metrics = run_steps(dataclasses.replace(STEP, grad_clip=clip), 1, params=params)
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)  # reported before clipping
-        assert distance(clipped["mu"], jax.tree.map(lambda m, s=scale: s * np.float64(m), free["mu"])) < 2e-6
-        assert distance(clipped["nu"], jax.tree.map(lambda n, s=scale: s**2 * np.float64(n), free["nu"])) < 4e-6
+    starts = [random_params(STEP), initial_state()[0]["params"]]  # the second's gradient is the smaller one
+    free = [run_steps(STEP, 1, start) for start in starts]
+    norms = [float(metrics["grad_norm"]) for _, _, metrics in free]
+    clip = norms[0] / 3
+    assert norms[1] < 0.9 * clip
+    for start, (want, _, _), norm, scale in zip(starts, free, norms, (1 / 3, 1.0), strict=True):
+        clipped, _, metrics = run_steps(dataclasses.replace(STEP, grad_clip=clip), 1, start)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)  # reported as it was before
+        assert distance(clipped["mu"], jax.tree.map(lambda m, s=scale: s * np.float64(m), want["mu"])) < 2e-6
+        assert distance(clipped["nu"], jax.tree.map(lambda n, s=scale: s**2 * np.float64(n), want["nu"])) < 4e-6
 
 
 def test_the_old_state_is_donated_and_nothing_else_is():
-    """Undonated, parameters and moments would exist twice (3.2 GB more at the default size); the tables must survive."""
-    state, constants = train.init_state(STEP, train.make_mesh())
+    """Undonated, parameters and moments would exist twice (3.2 GB more by default); the tables must survive."""
+    state, constants = fresh_state()
     x, y = (jnp.asarray(a) for a in random_batch(STEP))
     new, _ = make_step(STEP)(state, constants, x, y)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -696,29 +714,26 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
     other, _ = train.init_state(dataclasses.replace(STEP, param_seed=43), train.make_mesh())
-    start, _ = train.init_state(STEP, train.make_mesh())
-    assert not np.array_equal(other["params"]["wte"], start["params"]["wte"])
+    assert not np.array_equal(other["params"]["wte"], initial_state()[0]["params"]["wte"])
 
 
-def test_loss_falls_on_a_repeated_batch():
-    """From the initial parameters, whose projections out are zero: 40 steps on one batch at least halve log(V)."""
-    config = dataclasses.replace(STEP, learning_rate=1e-2, eps=1e-8, grad_clip=1.0)
-    state, constants = train.init_state(config, train.make_mesh())
-    batch, losses = random_batch(config), []
-    for _ in range(config.num_iterations):
-        state, metrics = make_step(config)(state, constants, *batch)
+def test_loss_starts_at_a_uniform_guess_and_falls_on_a_repeated_batch():
+    """At step 0 all logits are nearly 0 and the loss is log(V) to 5e-3; 40 steps on one batch halve it at least."""
+    (state, constants), batch, losses = fresh_state(), random_batch(STEP), []
+    for _ in range(STEP.num_iterations):
+        state, metrics = make_step(STEP)(state, constants, *batch)
         losses.append(float(metrics["loss"]))
-    assert losses[0] == pytest.approx(math.log(31), abs=0.01)
+    assert losses[0] == pytest.approx(math.log(31), abs=5e-3)
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_bfloat16_keeps_float32_masters_and_moments():
     """Masters in bfloat16 would not move: a step of 1e-4 of a weight is below its 8 bits."""
     config = dataclasses.replace(STEP, dtype="bfloat16")
-    params = random_params(TINY)
-    state, losses, _ = run_steps(config, 1, params=params)
+    params = random_params(STEP)
+    state, losses, _ = run_steps(config, 1, params)
     assert {str(leaf.dtype) for name in ("params", "mu", "nu") for leaf in jax.tree.leaves(state[name])} == {"float32"}
-    assert losses[0] == pytest.approx(run_steps(STEP, 1, params=params)[1][0], rel=0.01)
+    assert losses[0] == pytest.approx(run_steps(STEP, 1, params)[1][0], rel=0.01)
     wte = np.asarray(state["params"]["layers"][0]["c_fc"])
     assert (wte != wte.astype(jnp.bfloat16)).mean() > 0.9  # not rounded on the way either
 
@@ -728,7 +743,7 @@ import importlib, json, sys
 import numpy as np, jax
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_model as t
-train, config = t.train, t.replace(device_batch_size=1, total_batch_size=16, grad_clip=1.0)
+train, config = t.train, t.dataclasses.replace(t.STEP, device_batch_size=1, total_batch_size=16, grad_clip=1.0)
 report = {{"devices": jax.device_count()}}
 for count in (1, 8):
     mesh = train.make_mesh(jax.devices()[:count]) if count == 1 else train.make_mesh()
@@ -753,7 +768,7 @@ print(json.dumps(report))
 
 
 def test_eight_devices_give_the_losses_of_one():
-    """The mean over eight shards of two microbatches is that over sixteen; 16 sequences on three devices are refused."""
+    """Eight shards of two microbatches have the mean of sixteen; 16 sequences on three devices are refused."""
     code = EIGHT.format(root=str(ROOT), tests=str(ROOT / "tests"))
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
@@ -767,20 +782,17 @@ def test_eight_devices_give_the_losses_of_one():
     assert "total_batch_size=16" in report["refused"] and "device_batch_size * devices = 1 * 3" in report["refused"]
 
 
-SCOPES = ["embedding", *(f"layer_{i}/{part}" for i in range(4) for part in ("attention", "mlp")), "lm_head", "loss"]
+LAYER_SCOPES = [f"layer_{i}/{part}" for i in range(2) for part in ("attention", "mlp")]
 
 
 def test_named_scopes_are_in_the_compiled_step():
-    """A profile is read by these names; each must be there in the forward and in the backward pass."""
-    state, constants = train.init_state(STEP, train.make_mesh())
-    text = make_step(STEP).lower(state, constants, *random_batch(STEP)).compile().as_text()
-    names = [name.replace("jvp(", "/").replace(")", "/") for name in re.findall(r'op_name="([^"]*)"', text)]
-    for scope in SCOPES:
-        pattern = re.compile(r"(^|/)" + scope.replace("/", "/+") + "(/|$)")
-        found = [name for name in names if pattern.search(name)]
-        assert [name for name in found if "transpose(" not in name], scope
-        assert [name for name in found if "transpose(" in name], f"{scope}, backward"
-    assert any("/optimizer/" in name for name in names)
+    """A profile is read by these names: forward and, where the loss does not bring its own gradient, backward."""
+    text = make_step(STEP).lower(*fresh_state(), *random_batch(STEP)).compile().as_text()
+    names = [re.sub(r"[()]", "/", name) for name in re.findall(r'op_name="([^"]*)"', text)]
+    for scope in ("embedding", *LAYER_SCOPES, "lm_head", "loss", "optimizer"):
+        found = [name for name in names if re.search("(^|/)" + scope.replace("/", "/+") + "(/|$)", name)]
+        assert [name for name in found if "transpose" not in name], scope
+        assert [name for name in found if "transpose" in name] or scope not in ("embedding", *LAYER_SCOPES), scope
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -911,7 +923,7 @@ CHIP = train.Config(
     "impl, kernels, mebibytes", [("splash", 3, 100), ("pallas", 3, 100), ("einsum", 0, 100), ("jax", 0, 100)]
 )
 def test_a_v6e_program_has_the_kernels_its_attention_promises(impl, kernels, mebibytes):
-    """An interpreted kernel in a chip's program would be a thousand times slower; a step that keeps too much, bigger."""
+    """A kernel interpreted in a chip's program would be a thousand times slower; the step stays within its memory."""
     pytest.importorskip("libtpu", reason="compiling for v6e needs libtpu: jax[tpu]")
     config = dataclasses.replace(CHIP, attn_impl=impl, window_pattern="L" if impl == "pallas" else "S")
     compiled = train.compile_for_chip(config)

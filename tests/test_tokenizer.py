@@ -312,9 +312,22 @@ def test_get_tokenizer_trains_once_for_each_corpus(corpus, tmp_path, monkeypatch
     tok.get_tokenizer(corpus, 400, max_train_chars=50_000)
     assert not trained
     tok.get_tokenizer(corpus, 400, max_train_chars=60_000)
-    tok.get_tokenizer(corpus, 401, max_train_chars=50_000)
-    tok.get_tokenizer(tok.dataclasses.replace(corpus, revision="other"), 400, max_train_chars=50_000)
-    assert len(trained) == 3
+    tok.get_tokenizer(corpus, 401, max_train_chars=60_000)
+    tok.get_tokenizer(tok.dataclasses.replace(corpus, revision="other"), 400, max_train_chars=60_000)
+    tok.get_tokenizer(tok.dataclasses.replace(corpus, name="other"), 400, max_train_chars=60_000)
+    assert len(trained) == 4
+    folder = tok.tokenizer_folder(corpus, 400)
+    (folder / "trained_on.json").write_text("{")
+    assert tok.tokenizer_hash(tok.get_tokenizer(corpus, 400)) and len(trained) == 4
+    tok.save_tokenizer(tok.get_tokenizer(corpus, 401), folder / "tokenizer.json")
+    with pytest.raises(common.UserError, match="holds 401 tokens, not 400"):
+        tok.get_tokenizer(corpus, 400)
+
+
+def test_tokenizer_learns_from_as_much_as_it_is_told():
+    """The text to train on ends with the document that reaches the limit."""
+    documents = [((0, 0, i), "x" * 10) for i in range(9)]
+    assert [len(list(tok.count_chars(iter(documents), limit))) for limit in (1, 10, 11, 30, 999)] == [1, 1, 2, 3, 9]
 
 
 def test_a_full_disk_keeps_the_old_tokenizer(tokenizer, tmp_path, monkeypatch):
@@ -336,9 +349,11 @@ def test_a_full_disk_keeps_the_old_tokenizer(tokenizer, tmp_path, monkeypatch):
 
 def test_gzip_bits_per_byte_counts_each_document():
     """Documents are compressed one by one, headers included, and weighed by their bytes."""
-    documents = [b"abcabcabc" * 50, random.Random(3).randbytes(700), "é".encode()]
+    documents = [b"abcabcabc" * 50, Path(tok.__file__).read_bytes(), "é".encode()]  # level 6 is larger on the second
     sizes = [len(gzip.compress(document, compresslevel=9, mtime=0)) for document in documents]
-    assert tok.gzip_bits_per_byte(iter(documents)) == pytest.approx(8 * sum(sizes) / (450 + 700 + 2), rel=1e-12)
+    assert tok.gzip_bits_per_byte(iter(documents)) == pytest.approx(
+        8 * sum(sizes) / sum(map(len, documents)), rel=1e-12
+    )
     with pytest.raises(common.UserError):
         tok.gzip_bits_per_byte([])
 
@@ -415,10 +430,10 @@ def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
     """Missing, cut short, of another kind, or without special tokens: one line that names the file."""
     path = tmp_path / "tokenizer.json"
     whole = tokenizer.to_str()
-    bare = json.loads(whole)
-    bare["added_tokens"] = []
-    del bare["model"]["vocab"]["<|bos|>"]
-    for content in (None, "", whole[:5000], '{"a": 1}', json.dumps(bare)):
+    other = whole.replace("<|bos|>", "<|endoftext|>")
+    gap = whole.replace(":999}", ":5000}")  # the last id
+    assert gap != whole
+    for content in (None, "", whole[:5000], '{"a": 1}', other, gap):
         if content is not None:
             path.write_text(content)
         with pytest.raises(common.UserError) as error:
@@ -598,7 +613,8 @@ def test_a_killed_download_goes_on(tmp_path):
         process = run_client(hub, tmp_path, "tok.fineweb_corpus(2)")
         folder = tmp_path / f"fineweb-edu-{tok.FINEWEB_REVISION[:12]}"
         deadline = time.monotonic() + 30
-        while not (hub.count("GET", "cdn.*00001") and (folder / "shard_01822.parquet").exists()):
+        others = [folder / "shard_00000.parquet", folder / "shard_01822.parquet"]
+        while not (hub.count("GET", "cdn.*00001") and all(path.exists() for path in others)):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)

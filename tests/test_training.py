@@ -125,7 +125,7 @@ def test_stream_is_every_document_once_per_epoch_in_order(corpus, tokenizer, doc
 
 
 def test_a_document_that_spells_a_special_token_does_not_end(corpus, tokenizer):
-    """"<|bos|>" in a document is text: the only bos ids in the stream are those that open documents."""
+    """ "<|bos|>" in a document is text: the only bos ids in the stream are those that open documents."""
     assert any("<|bos|>" in text for text in texts_of(corpus.train))
     stream = train.token_stream(tokenizer, corpus.train, len(pack(tokenizer, corpus.train)) - 1)
     tokens, _ = next(stream)
@@ -145,7 +145,10 @@ def test_stream_goes_on_exactly_from_the_state_of_every_batch(corpus, tokenizer,
         resumed = make({**position, "tokens": np.array(left, np.int32)})
         for (tokens, after), (same, same_after) in zip(straight[i + 1 :], resumed, strict=False):
             np.testing.assert_array_equal(tokens, same, err_msg=f"after batch {i}")
-            assert {**after, "tokens": after["tokens"].tolist()} == {**same_after, "tokens": same_after["tokens"].tolist()}
+            assert {**after, "tokens": after["tokens"].tolist()} == {
+                **same_after,
+                "tokens": same_after["tokens"].tolist(),
+            }
     epochs = {place[0] for place in places}
     assert epochs == {0, 1} and (docs_per_call == 32 or len({place[1:3] for place in places}) > 5)
 
@@ -325,7 +328,9 @@ def random_params():
     params = train.init_params(tiny(), jax.random.key(1))
     leaves, shape = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    return jax.tree.unflatten(shape, [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        shape, [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +350,9 @@ def reference_score(corpus, tokenizer, random_params):
 
 
 @pytest.mark.parametrize("device_batch_size", [1, 3, 4, 16])
-def test_score_is_the_same_whatever_the_batch_size(corpus, tokenizer, random_params, reference_score, device_batch_size):
+def test_score_is_the_same_whatever_the_batch_size(
+    corpus, tokenizer, random_params, reference_score, device_batch_size
+):
     """Loss and bits per byte equal a float64 reference over the same fixed tokens, padding rows counting nothing."""
     config = tiny(device_batch_size=device_batch_size, total_batch_size=device_batch_size * len(jax.devices()))
     held_out = train.load_held_out(tokenizer, corpus, config)
@@ -837,12 +844,18 @@ def test_a_checkpoint_brings_everything_back_bit_for_bit(tmp_path):
     notes = {"best_val_bpb": 2.125}
     path = train.save_checkpoint(tmp_path, config, state, stream, notes)
     assert path == train.newest_checkpoint(tmp_path) and path.name == "step_00000007"
-    assert not list(path.rglob("*.p*kl*")) and {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".jsonl"}
+    assert not list(path.rglob("*.p*kl*")) and {file.suffix for file in path.iterdir()} == {
+        ".safetensors",
+        ".json",
+        ".jsonl",
+    }
     back, back_stream, back_notes = train.load_checkpoint(path, config, mesh)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        assert b.sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P()) if hasattr(jax, "P") else b.sharding, b.ndim)
+        assert b.sharding.is_equivalent_to(
+            jax.NamedSharding(mesh, jax.P()) if hasattr(jax, "P") else b.sharding, b.ndim
+        )
     assert back_stream.pop("tokens").tolist() == [5, 9, 299] and stream.pop("tokens").any()
     assert back_stream == stream and back_notes == notes
 
@@ -964,7 +977,8 @@ def test_the_profile_is_steps_15_to_20(straight):
 
 
 @pytest.mark.parametrize(
-    "steps, traced", [(1, [0]), (3, [0, 1, 2]), (5, range(5)), (12, range(7, 12)), (20, range(15, 20)), (30, range(15, 20))]
+    "steps, traced",
+    [(1, [0]), (3, [0, 1, 2]), (5, range(5)), (12, range(7, 12)), (20, range(15, 20)), (30, range(15, 20))],
 )
 def test_the_profile_adapts_to_short_runs(tmp_path, steps, traced):
     """A run too short for steps 15 to 20 traces its last five, or all it has; something ran in each."""
