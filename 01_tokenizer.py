@@ -198,7 +198,9 @@ def open_shard(path: Path) -> pq.ParquetFile:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such shard") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a whole parquet file ({first_line(error)}); delete it, get it again") from None
+        raise UserError(
+            f"{path}: not a whole parquet file ({common.first_line(error)}); delete it, get it again"
+        ) from None
     columns = shard.schema_arrow
     if "text" not in columns.names:
         raise UserError(f"{path}: has no column 'text', only {', '.join(map(repr, columns.names)) or 'none'}")
@@ -213,21 +215,11 @@ def read_texts(shard: pq.ParquetFile, group: int, path: Path) -> list[str | None
     try:
         return shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: row group {group} is damaged ({first_line(error)}); get the shard again") from None
+        raise UserError(
+            f"{path}: row group {group} is damaged ({common.first_line(error)}); get the shard again"
+        ) from None
 
 
-def first_line(error: BaseException) -> str:
-    """An error's message, short and on one line, or its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-# %% [markdown]
-# The stream has a position, and every document comes with the position of the one after it. A checkpoint keeps that
-# triple of numbers, and training goes on at exactly the next document, at the cost of reading one row group again. Long
-# documents are cut at 10,000 characters, as in nanochat, so that none fills a batch by itself.
-
-
-# %%
 Position = tuple[int, int, int]  # shard, row group, document in it
 
 
@@ -341,52 +333,14 @@ FINEWEB_REPO = "karpathy/fineweb-edu-100b-shuffle"
 FINEWEB_REVISION = "4c8f30d6756da75362432a4d5569e1b229263b71"
 FINEWEB_LAST_SHARD = 1822  # held out
 DOWNLOADS_AT_ONCE = 8
-DOWNLOAD_ATTEMPTS = 5
-FIRST_PAUSE = 1.0  # seconds, doubled with each attempt
-
-
-def load_hub():
-    """Imports huggingface_hub with time-outs; it reads them, and HF_ENDPOINT, from the environment at its import."""
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "20")
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "20")
-    # Plain HTTP keeps to these time-outs; a xet download can hang for ever (huggingface_hub#4085).
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    import huggingface_hub
-
-    return huggingface_hub
-
-
-def is_final(error: Exception) -> bool:
-    """Whether trying again cannot help: what was asked for is not there or not ours, or the disk is full."""
-    errors = load_hub().errors
-    absent = (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    return isinstance(error, absent) or getattr(error, "errno", None) in (28, 122)  # ENOSPC, EDQUOT
-
-
-def try_again(action, what: str):
-    """action(), again after 1, 2, 4, 8 s when it fails; UserError naming `what` when it keeps failing."""
-    for attempt in range(DOWNLOAD_ATTEMPTS):
-        try:
-            return action()
-        except UserError:
-            raise
-        except Exception as error:  # httpx's, huggingface_hub's and the system's errors have no common class
-            final = is_final(error)
-            if final or attempt == DOWNLOAD_ATTEMPTS - 1:
-                tried = "" if final else f" after {DOWNLOAD_ATTEMPTS} attempts"
-                remedy = "check the name and revision" if final else "check the network and run again"
-                raise UserError(
-                    f"{what}: cannot be downloaded{tried} ({first_line(error)}); {remedy}, what came is kept"
-                ) from error
-        time.sleep(FIRST_PAUSE * 2**attempt)
 
 
 def list_shards(names: list[str], revision: str) -> dict:
     """What the Hub says of each shard: name -> RepoFile with size in bytes and SHA-256, in one request."""
-    api = load_hub().HfApi(token=False)  # public data: no login, so no expired one can be in the way
-    listed = try_again(
+    api = common.load_hub().HfApi(token=False)  # public data: no login, so no expired one can be in the way
+    listed = common.try_again(
         lambda: api.get_paths_info(FINEWEB_REPO, names, revision=revision, repo_type="dataset"),
-        f"{FINEWEB_REPO} at {revision[:12]}",
+        f"{FINEWEB_REPO} at {revision[:12]}: cannot be downloaded",
     )
     listed = {file.path: file for file in listed}
     for name in names:
@@ -397,7 +351,7 @@ def list_shards(names: list[str], revision: str) -> dict:
 
 def download_shard(name: str, directory: Path, revision: str, sha256: str | None) -> int:
     """Brings one shard to `directory`, whole, checked and under its own name, or not at all; returns its bytes."""
-    hub = load_hub()
+    hub = common.load_hub()
 
     def fetch():
         with common.atomic_write(directory / name) as part:
@@ -414,7 +368,7 @@ def download_shard(name: str, directory: Path, revision: str, sha256: str | None
                 raise UserError(str(error).replace(str(part), f"{name} of {FINEWEB_REPO}")) from None
             return part.stat().st_size
 
-    return try_again(fetch, name)
+    return common.try_again(fetch, f"{name}: cannot be downloaded")
 
 
 def fineweb_corpus(num_shards: int, directory: Path | None = None, revision: str = FINEWEB_REVISION) -> Corpus:
@@ -436,7 +390,7 @@ def fineweb_corpus(num_shards: int, directory: Path | None = None, revision: str
 
 def download_shards(names: list[str], directory: Path, revision: str) -> None:
     """Downloads several shards at a time under one progress bar; the first that fails stops the rest."""
-    hub = load_hub()
+    hub = common.load_hub()
     listed = list_shards(names, revision)
     size = sum(listed[name].size for name in names)
     say(f"download: {len(names)} shards, {size / 1e6:,.0f} MB, of {FINEWEB_REPO} at {revision[:12]} to {directory}")
@@ -585,7 +539,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{path}: not a tokenizer.json ({first_line(error)}); delete it and run 01_tokenizer") from None
+        raise UserError(
+            f"{path}: not a tokenizer.json ({common.first_line(error)}); delete it and run 01_tokenizer"
+        ) from None
     absent = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if absent:
         raise UserError(f"{path}: has no special token {absent[0]!r}; delete it and run 01_tokenizer")
@@ -922,28 +878,6 @@ def write_card(corpus: Corpus, vocab_size: int, table: str) -> str:
     )
 
 
-def upload_folder(folder: Path, files: list[str], token: str | None, hub_repo: str = "", name: str = "") -> str | None:
-    """One commit with `files` of `folder` to `hub_repo` (default: <you>/<name>), made private if it is new.
-
-    Returns the commit's address, or None with a line that says why nothing was uploaded: no token, or a refusal.
-    """
-    if not token:
-        say("upload: none, as there is no HF_TOKEN in the environment or in Colab's secrets")
-        return None
-    api = load_hub().HfApi(token=token)
-    try:
-        hub_repo = hub_repo or f"{api.whoami()['name']}/{name}"
-        api.create_repo(hub_repo, private=True, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=hub_repo, folder_path=folder, allow_patterns=files, commit_message=f"Upload {', '.join(files)}"
-        )
-    except Exception as error:  # what was trained is on disk: a refusal must not end the run
-        say(f"upload: none, as the Hub refused {hub_repo or name} ({first_line(error)}); all is in {folder}")
-        return None
-    say(f"upload: {', '.join(files)} to {commit.commit_url}")
-    return commit.commit_url
-
-
 # %%
 if __name__ == "__main__":
     with common.atomic_write(folder / "README.md") as part:
@@ -951,4 +885,4 @@ if __name__ == "__main__":
             write_card(corpus, settings.vocab_size, show_compression(compression, samples)), encoding="utf-8"
         )
     files = ["tokenizer.json", "README.md", "compression.png"]
-    upload_folder(folder, files, hub_token, settings.hub_repo, "onechip-tokenizer")
+    common.upload_folder(folder, files, hub_token, settings.hub_repo, "onechip-tokenizer")

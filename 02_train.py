@@ -107,6 +107,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +116,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import common
 from common import UserError, require, say, setting
@@ -165,7 +166,9 @@ class Config:
     eval_every: int = setting(250, "steps between evaluations; 0 for one at the end only")
     eval_tokens: int = setting(1 << 20, "held-out tokens of an evaluation, whatever the batch size")
     sample_every: int = setting(1000, "steps between samples; 0 for those at the end only")
-    save_every: int = setting(1000, "steps between checkpoints; 0 for one at the end only")
+    save_every: int = setting(1000, "steps between checkpoints; 0 for none but those that follow from the others")
+    save_minutes: float = setting(15.0, "minutes between checkpoints at most; 0 for no such limit")
+    keep: int = setting(2, "newest checkpoints that stay; the best one stays as well")
     param_seed: int = setting(42, "seed of the initial weights")
     loss_slice: int = setting(8192, "tokens whose logits exist at one time")
 
@@ -202,7 +205,16 @@ class Config:
 def check_config(config):
     """Raises UserError for the first field of a Config that cannot work."""
     c = config
-    for name in ("n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_len", "device_batch_size"):
+    for name in (
+        "keep",
+        "n_head",
+        "n_kv_head",
+        "head_dim",
+        "aspect_ratio",
+        "vocab_size",
+        "seq_len",
+        "device_batch_size",
+    ):
         require(getattr(c, name) > 0, name, getattr(c, name), "must be a positive integer")
     for name in (
         "total_batch_size",
@@ -215,7 +227,7 @@ def check_config(config):
     ):
         require(getattr(c, name) > 0, name, getattr(c, name), "must be greater than 0")
     require(0 < c.softcap <= 60, "softcap", c.softcap, "must lie in (0, 60]: exp(softcap) summed must fit float32")
-    for name in ("eval_every", "sample_every", "save_every", "grad_clip", "weight_decay"):
+    for name in ("eval_every", "sample_every", "save_every", "save_minutes", "grad_clip", "weight_decay"):
         require(getattr(c, name) >= 0, name, getattr(c, name), "must not be negative")
     for name in ("beta1", "beta2"):
         require(0 <= getattr(c, name) < 1, name, getattr(c, name), "must lie in [0, 1)")
@@ -1038,49 +1050,78 @@ def generate(config, params, prompt, max_new_tokens, temperature=0.0, top_k=0, s
 # %% [markdown]
 # ## Checkpoint
 #
-# A run leaves one folder, in formats that anything can read: `config.json`, `metrics.jsonl`, `loss.png`, `profile/` and
-# `checkpoints/`. A checkpoint is written beside its place and renamed, so it is there whole or not at all: 1.1 GB of
-# weights and 2.1 GB of moments at the default size, as safetensors, which no reader has to trust.
+# A checkpoint is the whole state: parameters, moments, step, the position in the data with its left-over tokens, the
+# metrics so far and what the run was made from. Nothing random happens after the weights are drawn, so there is no
+# generator to save. It is safetensors and JSON, which no reader has to trust; 1.1 GB of weights and 2.1 GB of moments
+# at the default size. The one pause is the copy from the device; a thread writes, syncs and hashes.
+#
+# It is always the state from before what falls due at its step, an evaluation say: whoever goes on from there makes
+# that first. So the files of a run that was killed and resumed are those of a run that was not.
 
 
 # %%
-def save_checkpoint(run_dir, config, state, stream, notes):
-    """Writes run_dir/checkpoints/step_NNNNNNNN and returns its path.
+def checkpoint_files(config, state, stream, notes, metrics=""):
+    """A checkpoint's files, {name: bytes or arrays}, copied from the device: the state is donated to the next step."""
+    leaves = jax.tree.leaves(state)
+    for leaf in leaves:
+        leaf.copy_to_host_async()
+    shared = next(iter(leaves[0].devices())).platform == "cpu"  # where NumPy would see the device's own memory
+    arrays = {name: np.array(a, copy=shared or None) for name, a in common.flatten(state).items()}
+    part = lambda key: {n.removeprefix(f"{key}."): a for n, a in arrays.items() if n.startswith(f"{key}.")}
+    position = {name: value for name, value in stream.items() if name != "tokens"}
+    as_bytes = lambda value: json.dumps(value, indent=2).encode()
+    return {
+        **{f"{key}.safetensors": part(key) for key in ("params", "mu", "nu")},
+        "stream.safetensors": {"tokens": np.asarray(stream["tokens"], np.int32)},
+        "state.json": as_bytes({"step": int(arrays["step"]), "stream": position, **notes}),
+        "config.json": as_bytes(dataclasses.asdict(config)),
+        "metrics.jsonl": metrics.encode(),
+    }
 
-    state is the train state, stream the data stream's state behind it, notes anything JSON can hold. If the folder
-    is there already, from the same step of the same run, it stays.
+
+def save_checkpoint(run_dir, config, state, stream, notes, metrics=""):
+    """Writes run_dir/checkpoints/step_NNNNNNNN, whole or not at all, and returns its path.
+
+    state is the train state, stream the data stream's state behind it, notes a dict that JSON can hold, metrics the
+    text of metrics.jsonl up to here.
     """
-    arrays = common.flatten(state)
     path = Path(run_dir) / "checkpoints" / f"step_{int(state['step']):08d}"
-    if path.exists():
-        return path
-    metrics = Path(run_dir) / "metrics.jsonl"
-    with common.atomic_write(path) as folder:
-        folder.mkdir()
-        weights = {name.removeprefix("params."): a for name, a in arrays.items() if name.startswith("params.")}
-        rest = {name: a for name, a in arrays.items() if not name.startswith("params.")}
-        save_file(weights, folder / "params.safetensors")
-        save_file({**rest, "stream.tokens": stream["tokens"]}, folder / "optimizer.safetensors")
-        position = {name: value for name, value in stream.items() if name != "tokens"}
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-        (folder / "state.json").write_text(json.dumps({"stream": position, **notes}, indent=2))
-        (folder / "metrics.jsonl").write_bytes(metrics.read_bytes() if metrics.exists() else b"")
+    common.write_checkpoint(path, checkpoint_files(config, state, stream, notes, metrics))
     return path
 
 
 def load_checkpoint(path, config, mesh, model=GPT):
     """(state, stream, notes) of a checkpoint folder, the state replicated over the mesh."""
+    path = Path(path)
     template = jax.eval_shape(functools.partial(new_state, config, model), jax.random.key(0))[0]
-    weights, rest = (load_file(Path(path) / f"{name}.safetensors") for name in ("params", "optimizer"))
-    notes = json.loads((Path(path) / "state.json").read_text())
-    stream = {**notes.pop("stream"), "tokens": rest.pop("stream.tokens")}
-    state = common.unflatten(template, {**{f"params.{name}": a for name, a in weights.items()}, **rest})
+    notes = json.loads((path / "state.json").read_text())
+    arrays = {"step": np.asarray(notes.pop("step"), np.int32)}
+    for key in ("params", "mu", "nu"):
+        arrays |= {f"{key}.{name}": a for name, a in load_file(path / f"{key}.safetensors").items()}
+    state = common.unflatten(template, arrays)
+    stream = {**notes.pop("stream"), **load_file(path / "stream.safetensors")}
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec())), stream, notes
 
 
-def newest_checkpoint(run_dir):
-    """The path of a run's newest checkpoint, or None."""
-    return max(Path(run_dir).glob("checkpoints/step_*"), default=None)
+# %% [markdown]
+# A run may go on with another learning rate, batch per device or machine, and says so. It may not go on with another
+# model or other batches: those fields are refused, with both values.
+
+# %%
+FIXED = ("n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_len", "window_pattern", "softcap")
+FIXED += ("rope_base", "total_batch_size", "param_seed")
+
+
+def compare_with_checkpoint(path, config, made_from, notes):
+    """Says what is not as it was when the checkpoint was written; UserError for a field that may not change."""
+    before, now = json.loads((Path(path) / "config.json").read_text()), dataclasses.asdict(config)
+    for name in (name for name in now if now[name] != before.get(name)):
+        remedy = f"{path} was made with {before.get(name)!r}; set that, or another name for a new run"
+        require(name not in FIXED, name, now[name], remedy)
+        say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
+    for name, value in made_from.items():
+        if value != notes["made_from"].get(name):
+            say(f"changed: {name} is {value}, was {notes['made_from'].get(name)} up to here")
 
 
 # %% [markdown]
@@ -1148,13 +1189,11 @@ def check_tokenizer(config, tokenizer):
     require(size == config.vocab_size, "vocab_size", config.vocab_size, f"the tokenizer has {size} tokens: use {size}")
 
 
-def describe_run(config, corpus, tokenizer, mesh, gzip_bpb):
-    """What produced a run, for its config.json: nothing secret, nothing of the user's machine but its device."""
+def describe_origin(corpus, tokenizer, mesh):
+    """What a run is made from beside its config: nothing secret, nothing of the user's machine but its device."""
     return {
-        "config": dataclasses.asdict(config),
-        "data": {"name": corpus.name, "revision": corpus.revision, "shards": len(corpus.train)},
+        "data": f"{corpus.name} at {corpus.revision}, {len(corpus.train)} shards",
         "tokenizer_sha256": tok.tokenizer_hash(tokenizer),
-        "gzip_bits_per_byte": gzip_bpb,
         "commit": common.git_commit(),
         "jax": jax.__version__,
         "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
@@ -1199,45 +1238,52 @@ class Result(NamedTuple):
 class Trainer:
     """A run: built from the newest checkpoint in its folder or from the seed; `train` says what the arguments are."""
 
-    def __init__(self, config, corpus, tokenizer, run_dir, model, mesh, prompts, on_log):
+    def __init__(self, config, corpus, tokenizer, run_dir, model, mesh, prompts, on_log, mirror, remember):
         check_tokenizer(config, tokenizer)
-        self.config, self.run_dir, self.mesh, self.model = config, Path(run_dir), mesh, model
+        self.config, self.run_dir, self.mesh, self.model, self.mirror = config, Path(run_dir), mesh, model, mirror
         self.train_step = make_train_step(config, mesh, model)
         self.held_out = load_held_out(tokenizer, corpus, config)
         self._evaluate = make_evaluator(config, mesh, self.held_out, tok.token_byte_lengths(tokenizer), model)
         self._write_samples = make_sample_writer(config, tokenizer, prompts, model)
         self.state, self.constants = init_state(config, mesh, model)
-        self.stream, self.notes = None, {"best_val_bpb": None}
-        self.scores, self.samples = (None, None), []
-        description = describe_run(config, corpus, tokenizer, mesh, self.held_out.gzip_bpb)
-        self._open_folder(json.dumps(description, indent=2) + "\n")
-        step, batch_tokens = self.step, config.total_batch_size * config.seq_len
-        peak = peak_rate(config, mesh, model)
-        self.log = common.RunLog(
-            self.run_dir / "metrics.jsonl", config.num_iterations, step, batch_tokens, peak, on_log
-        )
-        self.profile = common.ProfileWindow(self.run_dir / "profile", config.num_iterations - step)
+        self.stream, self.scores, self.samples = None, (None, None), []
+        self.notes = {"best_step": None, "best_val_bpb": None, "remember": remember}
+        rows = self._resume(describe_origin(corpus, tokenizer, mesh))
+        batch_tokens, peak = config.total_batch_size * config.seq_len, peak_rate(config, mesh, model)
+        metrics = self.run_dir / "metrics.jsonl"
+        self.log = common.RunLog(metrics, rows, config.num_iterations, self.step, batch_tokens, peak, on_log)
+        self.profile = common.ProfileWindow(self.run_dir / "profile", config.num_iterations - self.step)
+        self.writer = common.CheckpointWriter(self.run_dir / "checkpoints", config.keep, mirror and mirror.offer)
         tokens = token_stream(tokenizer, corpus.train, batch_tokens, self.stream)
         place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
         self.loader = PrefetchDataLoader(batches_from(tokens, config), place)
+        self._saved_step, self._saved_at = self.step, time.monotonic()
 
     @property
     def step(self):
         """Steps complete."""
         return int(self.state["step"])
 
-    def _open_folder(self, description):
-        checkpoint = newest_checkpoint(self.run_dir)
-        if checkpoint:
-            self.state, self.stream, self.notes = load_checkpoint(checkpoint, self.config, self.mesh, self.model)
+    def _resume(self, origin):
+        """Goes on from the newest whole checkpoint, writes config.json and returns the rows of metrics so far."""
+        checkpoints, rows = self.run_dir / "checkpoints", []
+        if self.mirror:
+            self.mirror.restore(checkpoints)
+        if path := common.newest_checkpoint(checkpoints):
+            self.state, self.stream, notes = load_checkpoint(path, self.config, self.mesh, self.model)
+            compare_with_checkpoint(path, self.config, origin, notes)
+            self.notes = {**notes, "remember": self.notes["remember"] or notes["remember"]}
+            rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
             say(f"resuming: {self.run_dir} goes on behind step {self.step:,} of {self.config.num_iterations:,}")
-        rows = (checkpoint / "metrics.jsonl").read_text() if checkpoint else ""  # rows behind it will be made again
-        for name, text in (("metrics.jsonl", rows), ("config.json", description)):
-            with common.atomic_write(self.run_dir / name) as part:
-                part.write_text(text)
+        self.notes["made_from"] = origin
+        description = {"config": dataclasses.asdict(self.config), **origin, "gzip_bpb": self.held_out.gzip_bpb}
+        with common.atomic_write(self.run_dir / "config.json") as part:
+            part.write_text(json.dumps(description, indent=2) + "\n")
+        return rows
 
     def advance(self, done):
         """Trains on the next batch; `done` is the number of steps that this process has made."""
+        self.writer.check()
         (x, y), position = next(self.loader)
         with self.profile.before(done):
             self.state, metrics = self.train_step(self.state, self.constants, x, y)
@@ -1245,73 +1291,120 @@ class Trainer:
         self.profile.after(done, metrics)
         return metrics
 
+    def save_is_due(self, step):
+        """Whether save_every steps or save_minutes minutes have passed."""
+        minutes = self.config.save_minutes
+        late = minutes and time.monotonic() - self._saved_at > 60 * minutes
+        return late or is_due(self.config, self.config.save_every, step)
+
     def save(self):
-        """Writes a checkpoint, unless a loss on the way here was not finite."""
+        """Hands a checkpoint to the writer's thread, unless this step has one."""
         with self.log.pause():
-            save_checkpoint(self.run_dir, self.config, self.state, self.stream, self.notes)
+            if self.step == self._saved_step:
+                return
+            files = checkpoint_files(self.config, self.state, self.stream, self.notes, self.log.text())
+            self.writer.save(self.step, files, self.notes["best_step"])
+            self._saved_step, self._saved_at = self.step, time.monotonic()
+
+    def save_apart(self):
+        """Writes the state as nonfinite_NNNNNNNN, for whoever wants to know why; nothing resumes from it."""
+        path = self.run_dir / "checkpoints" / f"nonfinite_{self.step:08d}"
+        if not path.exists():
+            files = checkpoint_files(self.config, self.state, self.stream, self.notes, self.log.text())
+            common.write_checkpoint(path, files)
 
     def evaluate(self):
         """Scores the held-out set and redraws loss.png."""
+        self.save()
         with self.log.pause():
             loss, bpb = self.scores = self._evaluate(self.state["params"], self.constants)
-            self.notes["best_val_bpb"] = min(bpb, self.notes["best_val_bpb"] or bpb)
+            if self.notes["best_val_bpb"] is None or bpb < self.notes["best_val_bpb"]:
+                self.notes |= {"best_step": self.step, "best_val_bpb": bpb}
             self.log.show(val=f"{bpb:.3f} bpb")
             self.log.write({"step": self.step, "val_loss": loss, "val_bpb": bpb})
             common.plot_losses(self.log.rows, self.held_out.gzip_bpb, self.run_dir / "loss.png")
 
     def sample(self):
         """Lets the model go on from each prompt."""
+        self.save()
         with self.log.pause():
             self.samples = self._write_samples(merge_params(self.state["params"], self.constants))
 
+    def do_what_is_due(self, step):
+        """Evaluates and samples if `step` is one for that."""
+        if is_due(self.config, self.config.eval_every, step):
+            self.evaluate()
+        if is_due(self.config, self.config.sample_every, step):
+            self.sample()
+            for prompt, text in self.samples:
+                self.log.say(f"step {step}: {prompt!r} -> {text!r}")
+
     def result(self):
+        """What the run has come to."""
         params = merge_params(self.state["params"], self.constants)
         return Result(params, self.step, *self.scores, self.held_out.gzip_bpb, self.samples, self.run_dir)
 
     def close(self):
+        """Ends every thread; the last checkpoint is written, and on the Hub, before this returns."""
         for resource in (self.loader, self.profile, self.log):
             resource.close()
+        try:
+            self.writer.wait()
+        finally:
+            if self.mirror:
+                self.mirror.finish()
+
+
+def is_due(config, every, step):
+    """Whether something done every `every` steps is due behind `step`; what ends the run is done by itself."""
+    return every > 0 and step % every == 0 and step < config.num_iterations
 
 
 # %% [markdown]
 # The loop. Its order at the end of a step is not a matter of taste: save first, then evaluate, then sample, because the
 # latter two need memory that training did not, and a run of 29 hours has been lost to an evaluation that ran out of it
-# (nanochat#446). An interrupt is noted and obeyed between two steps; a second one breaks off at once.
+# (nanochat#446). An interrupt, Colab's stop button or a SIGTERM, is noted and obeyed between two steps.
 
 
 # %%
-def train(config, corpus, tokenizer, run_dir, *, model=GPT, mesh=None, prompts=(), on_log=None):
+def train(
+    config, corpus, tokenizer, run_dir, *, model=GPT, mesh=None, prompts=(), on_log=None, mirror=None, remember=None
+):
     """Trains from where `run_dir` stands to config.num_iterations and returns a Result.
 
-    on_log(row) gets every row of metrics.jsonl as a dict. KeyboardInterrupt saves what was reached and returns it.
-    UserError: bad input, or a loss that is not finite; the last checkpoint stays.
+    on_log(row) gets every row of metrics.jsonl as a dict; mirror, a common.HubMirror, keeps checkpoints elsewhere;
+    remember, JSON such as a wandb run's id, travels in them. KeyboardInterrupt and SIGTERM save what was reached and
+    return it. UserError: bad input, or a loss that is not finite; the last good checkpoint stays.
     """
-    last = config.num_iterations
-    due = lambda every, step: every and step % every == 0 and step < last
-    trainer = Trainer(config, corpus, tokenizer, run_dir, model, mesh or make_mesh(), prompts, on_log)
-    first = step = trainer.step
+    trainer = Trainer(config, corpus, tokenizer, run_dir, model, mesh or make_mesh(), prompts, on_log, mirror, remember)
     with contextlib.closing(trainer), common.deferred_interrupt() as interrupt:
         try:
-            for step in range(first + 1, last + 1):
-                trainer.log.add(step, trainer.advance(step - first - 1))
-                if interrupt.requested:
-                    break
-                if due(config.save_every, step):
-                    trainer.save()
-                if due(config.eval_every, step):
-                    trainer.evaluate()
-                if due(config.sample_every, step):
-                    trainer.sample()
-                    for prompt, text in trainer.samples:
-                        trainer.log.say(f"step {step}: {prompt!r} -> {text!r}")
-        except KeyboardInterrupt:
-            interrupt.requested = True
-        if step > first:
+            with contextlib.suppress(KeyboardInterrupt):
+                run_steps(trainer, interrupt)
             trainer.save()
-        if not interrupt.requested:
+        except common.NonFiniteLoss:
+            trainer.save_apart()
+            raise
+        if trainer.step < config.num_iterations:
+            trainer.log.say(f"interrupted behind step {trainer.step:,}; the same command goes on from there")
+        else:
             trainer.evaluate()
             trainer.sample()
         return trainer.result()
+
+
+def run_steps(trainer, interrupt):
+    """The loop itself: from where the trainer stands to the last step, or to an interrupt."""
+    first, last = trainer.step, trainer.config.num_iterations
+    if first:
+        trainer.do_what_is_due(first)
+    for step in range(first + 1, last + 1):
+        if interrupt.requested:
+            break
+        trainer.log.add(step, trainer.advance(step - first - 1))
+        if trainer.save_is_due(step):
+            trainer.save()
+        trainer.do_what_is_due(step)
 
 
 # %% [markdown]
@@ -1355,12 +1448,12 @@ OVERRIDES = ""  # @param {type:"string"}
 if __name__ == "__main__":
     run, config = common.choose(Config, PRESETS, OVERRIDES)
     hub_token = common.read_secret("HF_TOKEN")
+    mirror = common.open_mirror(run, hub_token)
     print(describe_model(config))
     corpus = tok.get_corpus(run.data, run.num_shards)
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
-    result = train(
-        config, corpus, tokenizer, Path(run.out) / run.name, prompts=PROMPTS.get(corpus.name, PROMPTS["default"])
-    )
+    prompts = PROMPTS.get(corpus.name, PROMPTS["default"])
+    result = train(config, corpus, tokenizer, Path(run.out) / run.name, prompts=prompts, mirror=mirror)
 
 # %% [markdown]
 # ## Look
@@ -1391,14 +1484,15 @@ if __name__ == "__main__":
 # ## Save
 #
 # Colab's disk goes with its session, after a day at the latest and often after four hours. With a token (HF_TOKEN, in
-# the environment or as a Colab secret) weights, config, tokenizer and curve go to a private repository of your own on
-# the Hub, in one commit.
+# the environment or as a Colab secret) checkpoints have gone to a private repository of your own on the Hub all along,
+# and a new machine goes on from there. What is left to add is a model that can be used: weights, config, tokenizer and
+# curve, in one commit.
 
 
 # %%
 def export_model(result, tokenizer):
     """Collects weights, config, tokenizer and curve in run_dir/model, for the Hub or any other reader; returns it."""
-    folder, checkpoint = result.run_dir / "model", newest_checkpoint(result.run_dir)
+    folder, checkpoint = result.run_dir / "model", common.newest_checkpoint(result.run_dir / "checkpoints")
     folder.mkdir(exist_ok=True)
     for source in (checkpoint / "params.safetensors", *result.run_dir.glob("*.json"), *result.run_dir.glob("loss.png")):
         with common.atomic_write(folder / source.name) as part:
@@ -1409,4 +1503,4 @@ def export_model(result, tokenizer):
 
 if __name__ == "__main__":
     folder = export_model(result, tokenizer)
-    tok.upload_folder(folder, sorted(os.listdir(folder)), hub_token, run.hub_repo, f"onechip-{run.name}")
+    common.upload_folder(folder, sorted(os.listdir(folder)), hub_token, run.hub_repo, f"onechip-{run.name}")

@@ -1,9 +1,11 @@
 """Plumbing that every notebook needs and no notebook teaches: settings, secrets, one-line errors, whole files."""
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import errno
 import glob
 import hashlib
 import itertools
@@ -183,6 +185,14 @@ def fsync_path(path):
         os.close(fd)
 
 
+def raise_if_full(error, path):
+    """Turns an OSError that says the disk is full into a UserError."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise UserError(
+            f"{path}: the disk is full; free some space and run again, nothing half-written is left"
+        ) from None
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yields a path beside `path` to write a file or folder to; renames it to `path` on success, removes it on failure.
@@ -200,10 +210,7 @@ def atomic_write(path):
         os.replace(beside, path)
         fsync_path(path.parent)
     except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise UserError(
-                f"{path}: the disk is full; free some space and run again, nothing half-written is left"
-            ) from None
+        raise_if_full(error, path)
         raise
     finally:
         shutil.rmtree(beside.parent, ignore_errors=True)
@@ -215,7 +222,7 @@ class _Interrupt:
 
 @contextlib.contextmanager
 def deferred_interrupt():
-    """Notes the first KeyboardInterrupt in `.requested` instead of raising it; a second one is raised.
+    """Notes the first SIGINT or SIGTERM in `.requested` instead of ending the program; a second one is raised.
 
     Only a program's main thread gets signals: elsewhere this does nothing.
     """
@@ -229,11 +236,12 @@ def deferred_interrupt():
             raise KeyboardInterrupt
         noted.requested = True
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def git_commit():
@@ -251,6 +259,10 @@ def git_commit():
 # What a run leaves behind
 
 
+class NonFiniteLoss(UserError):
+    """A loss or gradient that is no longer a number."""
+
+
 class RunLog:
     """Metrics of a run: metrics.jsonl, the progress bar, and `on_log(row)` for whoever else listens.
 
@@ -258,11 +270,13 @@ class RunLog:
     late, so that the device always has a step queued while the host looks at the last.
     """
 
-    def __init__(self, path, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10):
+    def __init__(self, path, rows, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10):
         """peak_rate: tokens/s at the device's peak FLOPS, for MFU; None where that is not known."""
         with warnings.catch_warnings(action="ignore"):  # a notebook without ipywidgets gets the plain bar
             from tqdm.auto import tqdm
-        self.rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        self.rows = list(rows)  # those of the steps that a checkpoint holds; what the file has beyond is made again
+        with atomic_write(path) as part:
+            part.write_text(self.text())
         self._file = open(path, "a")
         self._pending, self._every, self._on_log = [], every, on_log
         self._tokens, self._peak = tokens_per_step, peak_rate
@@ -282,25 +296,28 @@ class RunLog:
         count = len(self._pending) - keep
         ready, self._pending = self._pending[:count], self._pending[count:]
         fetched = jax.device_get([metrics for _, metrics in ready])
-        self._time(len(ready))
+        times = self._time(len(ready))
         for (step, _), metrics in zip(ready, fetched, strict=True):
-            row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
-            if not math.isfinite(row["loss"]):
-                raise UserError(
-                    f"the loss of step {step} is {row['loss']}: lower learning_rate or set grad_clip; "
-                    "the last checkpoint is in place"
-                )
+            row = {"step": step, **{name: float(value) for name, value in metrics.items()}, **times}
+            for name in ("loss", "grad_norm"):  # the gradient's goes first, and spoils the parameters
+                if not math.isfinite(row[name]):
+                    raise NonFiniteLoss(
+                        f"the {name} of step {step} is {row[name]}: lower learning_rate or set grad_clip; "
+                        "the last good checkpoint is in place"
+                    )
             self._shown |= {"loss": f"{row['loss']:.3f}", "lr": f"{row['lr']:.1e}"}
             self.write(row)
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(len(ready))
 
     def _time(self, steps):
-        now = time.perf_counter()
+        now, times = time.perf_counter(), {"time": round(time.time(), 3)}
         if self._since is not None and steps:
             rate = steps * self._tokens / (now - self._since)
+            times |= {"tokens_per_second": round(rate)} | ({"mfu": round(rate / self._peak, 4)} if self._peak else {})
             self._shown |= {"tok/s": f"{rate:,.0f}"} | ({"MFU": f"{rate / self._peak:.1%}"} if self._peak else {})
         self._since = now
+        return times
 
     def write(self, row):
         """Adds one row of metrics."""
@@ -309,6 +326,10 @@ class RunLog:
         self._file.flush()
         if self._on_log:
             self._on_log(row)
+
+    def text(self):
+        """All rows as they stand in metrics.jsonl."""
+        return "".join(json.dumps(row) + "\n" for row in self.rows)
 
     @contextlib.contextmanager
     def pause(self):
@@ -437,6 +458,8 @@ class Run:
     name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")
     out: str = setting("runs", "folder for the runs")
     hub_repo: str = setting("", "Hub repository to upload to, where there is a token; empty: <you>/onechip-<name>")
+    weights_minutes: float = setting(15.0, "minutes between uploads of the weights")
+    state_minutes: float = setting(60.0, "minutes between uploads of whole checkpoints, three times as large")
 
 
 def name_run(run, config):
@@ -491,3 +514,321 @@ def open_tensorboard(run_dir):
         notebook.start(f"--logdir {run_dir}")
     else:
         say(f"profile: uv run tensorboard --logdir {run_dir}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Hub
+
+ATTEMPTS = 5
+FIRST_PAUSE = 1.0  # seconds, doubled with each attempt
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, short and on one line, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# %% [markdown]
+# The stream has a position, and every document comes with the position of the one after it. A checkpoint keeps that
+# triple of numbers, and training goes on at exactly the next document, at the cost of reading one row group again. Long
+# documents are cut at 10,000 characters, as in nanochat, so that none fills a batch by itself.
+
+
+# %%
+
+
+def load_hub():
+    """Imports huggingface_hub with time-outs; it reads them, and HF_ENDPOINT, from the environment at its import."""
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "20")
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "20")
+    # Plain HTTP keeps to these time-outs; a xet download can hang for ever (huggingface_hub#4085).
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    import huggingface_hub
+
+    return huggingface_hub
+
+
+def is_final(error: Exception) -> bool:
+    """Whether trying again cannot help: what was asked for is not there or not ours, or the disk is full."""
+    errors = load_hub().errors
+    absent = (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+    return isinstance(error, absent) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def try_again(action, what: str):
+    """action(), again after 1, 2, 4, 8 s when it fails; UserError when it keeps failing, "<what> (<reason>)"."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # httpx's, huggingface_hub's and the system's errors have no common class
+            final = is_final(error)
+            if final or attempt == ATTEMPTS - 1:
+                tried = "" if final else f" after {ATTEMPTS} attempts"
+                remedy = "check the name and revision" if final else "check the network and run again"
+                raise UserError(f"{what}{tried} ({first_line(error)}); {remedy}, what came is kept") from error
+        time.sleep(FIRST_PAUSE * 2**attempt)
+
+
+def upload_folder(folder: Path, files: list[str], token: str | None, hub_repo: str = "", name: str = "") -> str | None:
+    """One commit with `files` of `folder` to `hub_repo` (default: <you>/<name>), made private if it is new.
+
+    Returns the commit's address, or None with a line that says why nothing was uploaded: no token, or a refusal.
+    """
+    if not token:
+        say("upload: none, as there is no HF_TOKEN in the environment or in Colab's secrets")
+        return None
+    api = load_hub().HfApi(token=token)
+    try:
+        hub_repo = hub_repo or f"{api.whoami()['name']}/{name}"
+        api.create_repo(hub_repo, private=True, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=hub_repo, folder_path=folder, allow_patterns=files, commit_message=f"Upload {', '.join(files)}"
+        )
+    except Exception as error:  # what was trained is on disk: a refusal must not end the run
+        say(f"upload: none, as the Hub refused {hub_repo or name} ({first_line(error)}); all is in {folder}")
+        return None
+    say(f"upload: {', '.join(files)} to {commit.commit_url}")
+    return commit.commit_url
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: whole, verified, written behind training's back
+
+
+MANIFEST = "manifest.json"
+
+
+def hash_file(path):
+    """SHA-256 of a file, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checkpoint(path, files):
+    """Writes a folder of `files` {name: bytes, or dict of arrays for safetensors}, whole or not at all.
+
+    Beside its place, each file synced; then manifest.json with sizes and SHA-256, the folder, the rename, the parent:
+    whatever the moment of a crash, a folder under its final name was complete, and the manifest tells if it still is.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        manifest = {}
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                (part / name).write_bytes(content)
+            else:
+                save_file(content, part / name)
+            fsync_path(part / name)
+            manifest[name] = {"bytes": (part / name).stat().st_size, "sha256": hash_file(part / name)}
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        fsync_path(part / MANIFEST)
+        fsync_path(part)
+        os.replace(part, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise_if_full(error, path)
+        raise
+
+
+def find_damage(path):
+    """What is wrong with a checkpoint folder, in words, or None: every file must be as its manifest says."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes, not {expected['bytes']:,}"
+        if hash_file(file) != expected["sha256"]:
+            return f"{name} has another SHA-256 than when it was written"
+    return None
+
+
+def newest_checkpoint(folder):
+    """The newest whole checkpoint under `folder`, or None. Damaged ones are named, and set aside, never deleted."""
+    for path in sorted(Path(folder).glob("step_*"), reverse=True):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        aside = next(p for i in itertools.count() if not (p := path.with_name(f"damaged_{path.name}_{i}")).exists())
+        path.rename(aside)
+        say(f"checkpoint: {path} is damaged: {damage}; set aside as {aside.name}")
+    return None
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run in a thread, and keeps the last `keep` and the best.
+
+    `save` waits for the write before it and hands over; an error in the thread is raised by the next `save`, `check`
+    or `close`. `after(path)` is called in the thread when a checkpoint is in place.
+    """
+
+    def __init__(self, folder, keep=2, after=None):
+        self._folder, self._keep, self._after = Path(folder), keep, after
+        self._thread, self._error = None, None
+
+    def save(self, step, files, best=None):
+        """Starts writing step_NNNNNNNN; `best` is the step whose checkpoint must not be cleared away."""
+        self.wait()
+        path = self._folder / f"step_{step:08d}"
+        if path.exists():
+            return
+        self._thread = threading.Thread(target=self._work, args=(path, files, best), name="checkpoint")
+        self._thread.start()
+
+    def _work(self, path, files, best):
+        try:
+            write_checkpoint(path, files)
+            self._clear(best)
+            if self._after:
+                self._after(path)
+        except BaseException as error:
+            self._error = error
+
+    def _clear(self, best):
+        whole = sorted(self._folder.glob("step_*"))
+        for old in whole[: -self._keep]:
+            if old.name != f"step_{best or -1:08d}":
+                shutil.rmtree(old)
+
+    def check(self):
+        """Raises what went wrong in the thread, once."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self):
+        """Waits for the write in progress, if any."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+
+class HubMirror:
+    """A Hub repository as a run's second home: checkpoints go up in a thread, one commit each, and come back from it.
+
+    Weights go up every `weights_minutes`, whole checkpoints every `state_minutes`, the last one in any case. Training
+    never waits and never stops for it: what failed after retries is told by `finish`.
+    """
+
+    def __init__(self, token, repo, weights_minutes=15.0, state_minutes=60.0):
+        self._api, self.repo, self._minutes = load_hub().HfApi(token=token), repo, (weights_minutes, state_minutes)
+        self._uploaded = [-math.inf, -math.inf]  # when weights and whole checkpoints last went up
+        self._newest, self._whole, self._failures = None, None, []
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "hub")
+        self._pool.submit(self._try, "repository", self._api.create_repo, repo, private=True, exist_ok=True)
+
+    def offer(self, path):
+        """Takes a checkpoint that is in place; uploads it if it is due and still the newest when its turn comes."""
+        held = path.with_name(f".{path.name}.upload")  # links: clearing old checkpoints away does not touch them
+        shutil.rmtree(held, ignore_errors=True)
+        shutil.copytree(path, held, copy_function=os.link)
+        before, self._newest = self._newest, held
+        self._pool.submit(self._upload_if_due, held)
+        if before:
+            self._pool.submit(shutil.rmtree, before, ignore_errors=True)
+
+    def _upload_if_due(self, held):
+        weights_due, state_due = (
+            time.monotonic() - at >= 60 * minutes for at, minutes in zip(self._uploaded, self._minutes, strict=True)
+        )
+        if held == self._newest and (weights_due or state_due):
+            self._upload(held, whole=state_due)
+
+    def _upload(self, held, whole):
+        name = held.name.removeprefix(".").removesuffix(".upload")
+        self._uploaded[0] = time.monotonic()
+        if whole:
+            self._uploaded[1] = time.monotonic()
+        if self._try(name, self._commit, held, name, whole) and whole:
+            self._whole = held
+
+    def _commit(self, held, name, whole):
+        add, delete = (load_hub().CommitOperationAdd, load_hub().CommitOperationDelete)
+        weights = ("params.safetensors", "config.json", "metrics.jsonl")
+        operations = [add(file, str(held / file)) for file in weights]
+        if whole:
+            operations += [add(f"checkpoints/{name}/{file.name}", str(file)) for file in sorted(held.iterdir())]
+            old = {
+                path.split("/")[1] for path in self._api.list_repo_files(self.repo) if path.startswith("checkpoints/")
+            }
+            operations += [delete(f"checkpoints/{step}/", is_folder=True) for step in sorted(old - {name})]
+        what = "whole" if whole else "weights"
+        self._api.create_commit(self.repo, operations, commit_message=f"{name}, {what}")
+
+    def _try(self, what, action, *args, **kwargs):
+        try:
+            try_again(lambda: action(*args, **kwargs), f"{what}: cannot be uploaded to {self.repo}")
+            return True
+        except Exception as error:  # an upload that fails must not stop training
+            self._failures.append(first_line(error))
+            return False
+
+    def finish(self):
+        """Uploads the newest checkpoint whole, unless that is done, waits, says what failed and ends the thread."""
+        if self._newest and self._newest != self._whole:
+            self._pool.submit(self._upload, self._newest, whole=True)
+        if self._newest:
+            self._pool.submit(shutil.rmtree, self._newest, ignore_errors=True)
+        self._pool.shutdown(wait=True)
+        for failure in dict.fromkeys(self._failures):
+            say(f"upload: {failure}")
+
+    def restore(self, folder):
+        """Brings the Hub's newest whole checkpoint to `folder`, unless one as new and whole is there already."""
+        here = newest_checkpoint(folder)
+        for name in sorted(self._list_checkpoints(), reverse=True):
+            if here and name <= here.name:
+                return
+            if self._download(name, Path(folder)):
+                say(f"checkpoint: {name} came from {self.repo}")
+                return
+
+    def _list_checkpoints(self):
+        errors = load_hub().errors
+        try:
+            paths = try_again(lambda: self._api.list_repo_files(self.repo), f"{self.repo}: cannot be listed")
+        except UserError as error:
+            if isinstance(error.__cause__, errors.RepositoryNotFoundError):
+                return set()  # the first run of this name
+            raise
+        return {path.split("/")[1] for path in paths if path.startswith("checkpoints/") and path.endswith(MANIFEST)}
+
+    def _download(self, name, folder):
+        part = folder / f".{name}.download"
+        pattern = f"checkpoints/{name}/*"
+        fetch = lambda: self._api.snapshot_download(self.repo, allow_patterns=pattern, local_dir=part)
+        try_again(fetch, f"{name}: cannot be downloaded from {self.repo}")
+        arrived = part / "checkpoints" / name
+        damage = find_damage(arrived)
+        if damage:
+            say(f"checkpoint: {name} on {self.repo} is damaged: {damage}; looking for an older one")
+        else:
+            os.replace(arrived, folder / name)
+        shutil.rmtree(part, ignore_errors=True)
+        return not damage
+
+
+def open_mirror(run, token):
+    """The HubMirror of a Run, or None without a token or a Hub that takes it, which is said at once."""
+    if not token:
+        return None
+    try:
+        repo = run.hub_repo or f"{load_hub().HfApi(token=token).whoami()['name']}/onechip-{run.name}"
+    except Exception as error:  # training does not need the Hub
+        say(f"upload: checkpoints stay here, as the Hub refused the token ({first_line(error)})")
+        return None
+    say(f"checkpoints: in {run.out}/{run.name}/checkpoints and, in the background, on {repo}")
+    return HubMirror(token, repo, run.weights_minutes, run.state_minutes)
