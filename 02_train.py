@@ -277,7 +277,7 @@ def token_stream(tokenizer, paths, batch_tokens, state=None, docs_per_call=32):
     """
     state = state or {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "tokens": np.zeros(0, np.int32)}
     epoch, position = state["epoch"], (state["shard"], state["row_group"], state["document"])
-    left, seen = np.asarray(state["tokens"], np.int32), None
+    left, seen = np.asarray(state["tokens"], np.int32), None if any(position) else 0
     while True:
         documents = tok.read_documents(paths, start=position)
         while chunk := list(itertools.islice(documents, docs_per_call)):
@@ -1066,7 +1066,8 @@ def checkpoint_files(config, state, stream, notes, metrics=""):
     for leaf in leaves:
         leaf.copy_to_host_async()
     shared = next(iter(leaves[0].devices())).platform == "cpu"  # where NumPy would see the device's own memory
-    arrays = {name: np.array(a, copy=shared or None) for name, a in common.flatten(state).items()}
+    flat = common.flatten(state).items()
+    arrays = {name: np.array(a, copy=shared or None, order="C") for name, a in flat}  # safetensors takes C for granted
     part = lambda key: {n.removeprefix(f"{key}."): a for n, a in arrays.items() if n.startswith(f"{key}.")}
     position = {name: value for name, value in stream.items() if name != "tokens"}
     as_bytes = lambda value: json.dumps(value, indent=2).encode()
@@ -1112,16 +1113,17 @@ FIXED = ("n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_l
 FIXED += ("rope_base", "total_batch_size", "param_seed")
 
 
-def compare_with_checkpoint(path, config, made_from, notes):
+def compare_with_checkpoint(path, config, made_from):
     """Says what is not as it was when the checkpoint was written; UserError for a field that may not change."""
+    made_before = json.loads((Path(path) / "state.json").read_text())["made_from"]
     before, now = json.loads((Path(path) / "config.json").read_text()), dataclasses.asdict(config)
     for name in (name for name in now if now[name] != before.get(name)):
         remedy = f"{path} was made with {before.get(name)!r}; set that, or another name for a new run"
         require(name not in FIXED, name, now[name], remedy)
         say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
     for name, value in made_from.items():
-        if value != notes["made_from"].get(name):
-            say(f"changed: {name} is {value}, was {notes['made_from'].get(name)} up to here")
+        if value != made_before.get(name):
+            say(f"changed: {name} is {value}, was {made_before.get(name)} up to here")
 
 
 # %% [markdown]
@@ -1210,7 +1212,7 @@ def make_sample_writer(config, tokenizer, prompts, model=GPT):
     bos = tokenizer.token_to_id(tok.SPECIAL_TOKENS[0])
 
     def write(params, prompt, seed):
-        ids = tok.encode_batch(tokenizer, [prompt])[0]
+        ids = tok.encode_batch(tokenizer, [prompt])[0][: config.seq_len - count]
         new = generate(config, params, ids, count, seed=seed, model=model, sampler=sampler)
         return prompt, tokenizer.decode(new[: new.index(bos)] if bos in new else new)
 
@@ -1235,6 +1237,11 @@ class Result(NamedTuple):
     run_dir: Path
 
 
+def all_finite(tree):
+    """Whether every number in a pytree is finite: bool scalar."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
 class Trainer:
     """A run: built from the newest checkpoint in its folder or from the seed; `train` says what the arguments are."""
 
@@ -1244,6 +1251,7 @@ class Trainer:
         self.train_step = make_train_step(config, mesh, model)
         self.held_out = load_held_out(tokenizer, corpus, config)
         self._evaluate = make_evaluator(config, mesh, self.held_out, tok.token_byte_lengths(tokenizer), model)
+        self._all_finite = jax.jit(all_finite)
         self._write_samples = make_sample_writer(config, tokenizer, prompts, model)
         self.state, self.constants = init_state(config, mesh, model)
         self.stream, self.scores, self.samples = None, (None, None), []
@@ -1257,7 +1265,7 @@ class Trainer:
         tokens = token_stream(tokenizer, corpus.train, batch_tokens, self.stream)
         place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
         self.loader = PrefetchDataLoader(batches_from(tokens, config), place)
-        self._saved_step, self._saved_at = self.step, time.monotonic()
+        self._saved_step, self._saved_at, self.torn = self.step, time.monotonic(), False
 
     @property
     def step(self):
@@ -1267,11 +1275,12 @@ class Trainer:
     def _resume(self, origin):
         """Goes on from the newest whole checkpoint, writes config.json and returns the rows of metrics so far."""
         checkpoints, rows = self.run_dir / "checkpoints", []
+        common.clear_leftovers(checkpoints)
         if self.mirror:
             self.mirror.restore(checkpoints)
         if path := common.newest_checkpoint(checkpoints):
+            compare_with_checkpoint(path, self.config, origin)  # first: it names the field, not an array's shape
             self.state, self.stream, notes = load_checkpoint(path, self.config, self.mesh, self.model)
-            compare_with_checkpoint(path, self.config, origin, notes)
             self.notes = {**notes, "remember": self.notes["remember"] or notes["remember"]}
             rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
             say(f"resuming: {self.run_dir} goes on behind step {self.step:,} of {self.config.num_iterations:,}")
@@ -1285,9 +1294,10 @@ class Trainer:
         """Trains on the next batch; `done` is the number of steps that this process has made."""
         self.writer.check()
         (x, y), position = next(self.loader)
+        self.torn = True  # the old state is donated, the new one and its position are not both here yet
         with self.profile.before(done):
             self.state, metrics = self.train_step(self.state, self.constants, x, y)
-        self.stream = position
+        self.stream, self.torn = position, False
         self.profile.after(done, metrics)
         return metrics
 
@@ -1302,6 +1312,12 @@ class Trainer:
         with self.log.pause():
             if self.step == self._saved_step:
                 return
+            if not self._all_finite(self.state["params"]):  # a step too long, not a bad gradient: its loss comes next
+                raise common.NonFiniteLoss(
+                    f"step {self.step} left parameters that are not finite: lower learning_rate; "
+                    "the last good checkpoint is in place"
+                )
+            self.writer.wait()  # before the copy: the host must not hold two
             files = checkpoint_files(self.config, self.state, self.stream, self.notes, self.log.text())
             self.writer.save(self.step, files, self.notes["best_step"])
             self._saved_step, self._saved_at = self.step, time.monotonic()
@@ -1346,13 +1362,12 @@ class Trainer:
 
     def close(self):
         """Ends every thread; the last checkpoint is written, and on the Hub, before this returns."""
-        for resource in (self.loader, self.profile, self.log):
-            resource.close()
-        try:
-            self.writer.wait()
-        finally:
+        with contextlib.ExitStack() as stack:  # each of them, whatever another raises
             if self.mirror:
-                self.mirror.finish()
+                stack.callback(self.mirror.finish)
+            stack.callback(self.writer.wait)
+            for resource in (self.log, self.profile, self.loader):
+                stack.callback(resource.close)
 
 
 def is_due(config, every, step):
@@ -1377,10 +1392,13 @@ def train(
     return it. UserError: bad input, or a loss that is not finite; the last good checkpoint stays.
     """
     trainer = Trainer(config, corpus, tokenizer, run_dir, model, mesh or make_mesh(), prompts, on_log, mirror, remember)
-    with contextlib.closing(trainer), common.deferred_interrupt() as interrupt:
+    with common.deferred_interrupt() as interrupt, contextlib.closing(trainer):
         try:
-            with contextlib.suppress(KeyboardInterrupt):
-                run_steps(trainer, interrupt)
+            run_steps(trainer, interrupt)
+            trainer.save()
+        except KeyboardInterrupt:
+            if interrupt.insisted or trainer.torn:
+                raise
             trainer.save()
         except common.NonFiniteLoss:
             trainer.save_apart()

@@ -95,7 +95,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. --help lists every setting")
 
 
-def _parse_bool(text):
+def boolean(text):
+    """true or false, yes or no, 1 or 0."""
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise ValueError(text)
     return text.lower() in ("true", "1", "yes")
@@ -108,7 +109,7 @@ def _make_parser(classes):
         for field in dataclasses.fields(cls):
             group.add_argument(
                 f"--{field.name}",
-                type=_parse_bool if field.type is bool else field.type,
+                type=boolean if field.type is bool else field.type,
                 default=argparse.SUPPRESS,
                 metavar=field.type.__name__.upper(),
                 help=f"{field.metadata.get('help', '')} (default: {field.default!r})".replace("%", "%%"),
@@ -152,8 +153,8 @@ def read_secret(name):
     Colab's `userdata.get` asks the browser and raises if the secret is missing, not granted or late (10 s), so read
     each secret once, early; a public download needs none.
     """
-    if os.environ.get(name):
-        return os.environ[name]
+    if os.environ.get(name, "").strip():
+        return os.environ[name].strip()  # pasted with a line's end, it would stand in the client's error message
     if not in_notebook():
         return None
     try:
@@ -161,7 +162,7 @@ def read_secret(name):
     except ImportError:
         return None
     try:
-        return userdata.get(name) or None
+        return (userdata.get(name) or "").strip() or None
     except Exception as error:  # three classes of Colab's own, by their names
         reason = {
             "SecretNotFoundError": "it is not among this account's secrets (key icon, left)",
@@ -185,9 +186,19 @@ def fsync_path(path):
         os.close(fd)
 
 
-def raise_if_full(error, path):
-    """Turns an OSError that says the disk is full into a UserError."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def is_full(error):
+    """Whether an error says that the disk, or one's share of it, is full; safetensors says it in words only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+
+
+@contextlib.contextmanager
+def telling_full_disk(path):
+    """Raises UserError, naming `path`, for whatever error says that the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
         raise UserError(
             f"{path}: the disk is full; free some space and run again, nothing half-written is left"
         ) from None
@@ -204,20 +215,19 @@ def atomic_write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)) / path.name
     try:
-        yield beside
-        for file in [f for f in beside.rglob("*") if f.is_file()] if beside.is_dir() else [beside]:
-            fsync_path(file)
-        os.replace(beside, path)
-        fsync_path(path.parent)
-    except OSError as error:
-        raise_if_full(error, path)
-        raise
+        with telling_full_disk(path):
+            yield beside
+            for written in [*beside.rglob("*"), beside]:  # a folder's entries need their own sync
+                fsync_path(written)
+            os.replace(beside, path)
+            fsync_path(path.parent)
     finally:
         shutil.rmtree(beside.parent, ignore_errors=True)
 
 
 class _Interrupt:
     requested = False
+    insisted = False  # a second one: KeyboardInterrupt was raised, in the middle of anything
 
 
 @contextlib.contextmanager
@@ -233,6 +243,7 @@ def deferred_interrupt():
 
     def note(signum, frame):
         if noted.requested:
+            noted.insisted = True
             raise KeyboardInterrupt
         noted.requested = True
 
@@ -294,10 +305,10 @@ class RunLog:
         import jax
 
         count = len(self._pending) - keep
-        ready, self._pending = self._pending[:count], self._pending[count:]
-        fetched = jax.device_get([metrics for _, metrics in ready])
-        times = self._time(len(ready))
-        for (step, _), metrics in zip(ready, fetched, strict=True):
+        fetched = jax.device_get([metrics for _, metrics in self._pending[:count]])
+        times = self._time(count)
+        for metrics in fetched:
+            step, _ = self._pending.pop(0)  # one by one: a listener that raises must not cost the rows behind
             row = {"step": step, **{name: float(value) for name, value in metrics.items()}, **times}
             for name in ("loss", "grad_norm"):  # the gradient's goes first, and spoils the parameters
                 if not math.isfinite(row[name]):
@@ -308,7 +319,7 @@ class RunLog:
             self._shown |= {"loss": f"{row['loss']:.3f}", "lr": f"{row['lr']:.1e}"}
             self.write(row)
         self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(len(ready))
+        self._bar.update(count)
 
     def _time(self, steps):
         now, times = time.perf_counter(), {"time": round(time.time(), 3)}
@@ -322,8 +333,9 @@ class RunLog:
     def write(self, row):
         """Adds one row of metrics."""
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with telling_full_disk(self._file.name):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         if self._on_log:
             self._on_log(row)
 
@@ -521,20 +533,12 @@ def open_tensorboard(run_dir):
 
 ATTEMPTS = 5
 FIRST_PAUSE = 1.0  # seconds, doubled with each attempt
+STALL = 60.0  # seconds without a byte
 
 
 def first_line(error: BaseException) -> str:
     """An error's message, short and on one line, or its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-# %% [markdown]
-# The stream has a position, and every document comes with the position of the one after it. A checkpoint keeps that
-# triple of numbers, and training goes on at exactly the next document, at the cost of reading one row group again. Long
-# documents are cut at 10,000 characters, as in nanochat, so that none fills a batch by itself.
-
-
-# %%
 
 
 def load_hub():
@@ -544,15 +548,29 @@ def load_hub():
     # Plain HTTP keeps to these time-outs; a xet download can hang for ever (huggingface_hub#4085).
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     import huggingface_hub
+    from huggingface_hub.utils import _http
 
+    if _http.default_client_factory is not _make_client.made_by:  # once: setting it closes the open connections
+        _make_client.made_by = _http.default_client_factory
+        huggingface_hub.set_client_factory(_make_client)
     return huggingface_hub
+
+
+def _make_client():
+    client = _make_client.made_by()
+    client.timeout = STALL  # its own is none: an upload that stalls would never end
+    return client
+
+
+_make_client.made_by = None
 
 
 def is_final(error: Exception) -> bool:
     """Whether trying again cannot help: what was asked for is not there or not ours, or the disk is full."""
     errors = load_hub().errors
     absent = (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    return isinstance(error, absent) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+    return refused or isinstance(error, absent) or is_full(error)
 
 
 def try_again(action, what: str):
@@ -606,6 +624,16 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def removing_on_error(folder):
+    """Removes a folder that could not be completed: on a full disk, its space is what the next attempt needs."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def write_checkpoint(path, files):
     """Writes a folder of `files` {name: bytes, or dict of arrays for safetensors}, whole or not at all.
 
@@ -618,8 +646,8 @@ def write_checkpoint(path, files):
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    try:
-        manifest = {}
+    manifest = {}
+    with telling_full_disk(path), removing_on_error(part):
         for name, content in files.items():
             if isinstance(content, bytes):
                 (part / name).write_bytes(content)
@@ -632,27 +660,29 @@ def write_checkpoint(path, files):
         fsync_path(part)
         os.replace(part, path)
         fsync_path(path.parent)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise_if_full(error, path)
-        raise
 
 
 def find_damage(path):
     """What is wrong with a checkpoint folder, in words, or None: every file must be as its manifest says."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    for name, expected in manifest.items():
-        file = path / name
+    damages = (find_file_damage(path / name, *entry) for name, entry in expected.items())
+    return next(filter(None, damages), None) if expected else f"{MANIFEST} names no file"
+
+
+def find_file_damage(file, size, sha256):
+    """What is wrong with one file of a checkpoint, in words, or None."""
+    try:
         if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes, not {expected['bytes']:,}"
-        if hash_file(file) != expected["sha256"]:
-            return f"{name} has another SHA-256 than when it was written"
-    return None
+            return f"{file.name} is missing"
+        if file.stat().st_size != size:
+            return f"{file.name} has {file.stat().st_size:,} bytes, not {size}"
+        return None if hash_file(file) == sha256 else f"{file.name} has another SHA-256 than when it was written"
+    except OSError as error:  # a disk that goes bad
+        return f"{file.name} cannot be read ({first_line(error)})"
 
 
 def newest_checkpoint(folder):
@@ -665,6 +695,13 @@ def newest_checkpoint(folder):
         path.rename(aside)
         say(f"checkpoint: {path} is damaged: {damage}; set aside as {aside.name}")
     return None
+
+
+def clear_leftovers(folder):
+    """Removes what a process that was killed left half-written, half-uploaded or half-downloaded under `folder`."""
+    for pattern in (".*.part", ".*.upload", ".*.download"):
+        for left in Path(folder).glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 class CheckpointWriter:
@@ -716,6 +753,14 @@ class CheckpointWriter:
         self.check()
 
 
+def link_or_copy(source, target):
+    """A hard link, or a copy where the file system has none, Google Drive's for one."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 class HubMirror:
     """A Hub repository as a run's second home: checkpoints go up in a thread, one commit each, and come back from it.
 
@@ -726,15 +771,18 @@ class HubMirror:
     def __init__(self, token, repo, weights_minutes=15.0, state_minutes=60.0):
         self._api, self.repo, self._minutes = load_hub().HfApi(token=token), repo, (weights_minutes, state_minutes)
         self._uploaded = [-math.inf, -math.inf]  # when weights and whole checkpoints last went up
-        self._newest, self._whole, self._failures = None, None, []
+        self._newest, self._whole, self._failures, self._exists = None, None, [], False
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "hub")
-        self._pool.submit(self._try, "repository", self._api.create_repo, repo, private=True, exist_ok=True)
 
     def offer(self, path):
         """Takes a checkpoint that is in place; uploads it if it is due and still the newest when its turn comes."""
         held = path.with_name(f".{path.name}.upload")  # links: clearing old checkpoints away does not touch them
-        shutil.rmtree(held, ignore_errors=True)
-        shutil.copytree(path, held, copy_function=os.link)
+        try:
+            shutil.rmtree(held, ignore_errors=True)
+            shutil.copytree(path, held, copy_function=link_or_copy)
+        except OSError as error:
+            self._failures.append(f"{path.name}: cannot be kept for its upload ({first_line(error)})")
+            return
         before, self._newest = self._newest, held
         self._pool.submit(self._upload_if_due, held)
         if before:
@@ -752,19 +800,25 @@ class HubMirror:
         self._uploaded[0] = time.monotonic()
         if whole:
             self._uploaded[1] = time.monotonic()
-        if self._try(name, self._commit, held, name, whole) and whole:
+        if not self._try(name, self._commit, held, name, whole):
+            self._uploaded = [-math.inf, -math.inf]  # the next one is due at once
+        elif whole:
             self._whole = held
 
     def _commit(self, held, name, whole):
         add, delete = (load_hub().CommitOperationAdd, load_hub().CommitOperationDelete)
         weights = ("params.safetensors", "config.json", "metrics.jsonl")
+        if not self._exists:
+            self._api.create_repo(self.repo, private=True, exist_ok=True)
+            self._exists = True
         operations = [add(file, str(held / file)) for file in weights]
         if whole:
             operations += [add(f"checkpoints/{name}/{file.name}", str(file)) for file in sorted(held.iterdir())]
             old = {
                 path.split("/")[1] for path in self._api.list_repo_files(self.repo) if path.startswith("checkpoints/")
             }
-            operations += [delete(f"checkpoints/{step}/", is_folder=True) for step in sorted(old - {name})]
+            # older ones: one that is newer was found damaged, and is not ours to delete
+            operations += [delete(f"checkpoints/{step}/", is_folder=True) for step in sorted(old) if step < name]
         what = "whole" if whole else "weights"
         self._api.create_commit(self.repo, operations, commit_message=f"{name}, {what}")
 
@@ -787,14 +841,23 @@ class HubMirror:
             say(f"upload: {failure}")
 
     def restore(self, folder):
-        """Brings the Hub's newest whole checkpoint to `folder`, unless one as new and whole is there already."""
+        """Brings the Hub's newest whole checkpoint to `folder`, or offers the one there if the Hub has none as new."""
         here = newest_checkpoint(folder)
-        for name in sorted(self._list_checkpoints(), reverse=True):
+        try:
+            names = self._list_checkpoints()
+        except UserError as error:
+            if here is None:  # starting afresh would be the loss of a run
+                raise
+            say(f"checkpoint: going on from {here}, without a look at the Hub: {error}")
+            return
+        for name in sorted(names, reverse=True):
             if here and name <= here.name:
-                return
+                break
             if self._download(name, Path(folder)):
                 say(f"checkpoint: {name} came from {self.repo}")
                 return
+        if here and here.name not in names:
+            self.offer(here)
 
     def _list_checkpoints(self):
         errors = load_hub().errors
@@ -808,17 +871,18 @@ class HubMirror:
 
     def _download(self, name, folder):
         part = folder / f".{name}.download"
-        pattern = f"checkpoints/{name}/*"
-        fetch = lambda: self._api.snapshot_download(self.repo, allow_patterns=pattern, local_dir=part)
-        try_again(fetch, f"{name}: cannot be downloaded from {self.repo}")
         arrived = part / "checkpoints" / name
-        damage = find_damage(arrived)
-        if damage:
-            say(f"checkpoint: {name} on {self.repo} is damaged: {damage}; looking for an older one")
-        else:
-            os.replace(arrived, folder / name)
-        shutil.rmtree(part, ignore_errors=True)
-        return not damage
+        fetch = lambda: self._api.snapshot_download(self.repo, allow_patterns=f"checkpoints/{name}/*", local_dir=part)
+        for _ in range(2):  # a byte may flip on the way: twice, before a checkpoint is given up
+            try_again(fetch, f"{name}: cannot be downloaded from {self.repo}")
+            damage = find_damage(arrived)
+            if damage is None:
+                os.replace(arrived, folder / name)
+            shutil.rmtree(part, ignore_errors=True)
+            if damage is None:
+                return True
+        say(f"checkpoint: {name} on {self.repo} is damaged: {damage}; looking for an older one")
+        return False
 
 
 def open_mirror(run, token):
@@ -826,9 +890,10 @@ def open_mirror(run, token):
     if not token:
         return None
     try:
-        repo = run.hub_repo or f"{load_hub().HfApi(token=token).whoami()['name']}/onechip-{run.name}"
+        whoami = load_hub().HfApi(token=token).whoami
+        repo = run.hub_repo or f"{try_again(whoami, 'the Hub does not say who we are')['name']}/onechip-{run.name}"
     except Exception as error:  # training does not need the Hub
-        say(f"upload: checkpoints stay here, as the Hub refused the token ({first_line(error)})")
+        say(f"upload: checkpoints stay here: {first_line(error)}")
         return None
     say(f"checkpoints: in {run.out}/{run.name}/checkpoints and, in the background, on {repo}")
     return HubMirror(token, repo, run.weights_minutes, run.state_minutes)

@@ -335,6 +335,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.lfs[value["oid"]]
             elif line["key"] == "deletedFile":
                 files.pop(value["path"], None)
+            elif line["key"] == "deletedFolder":
+                files = {path: raw for path, raw in files.items() if not path.startswith(value["path"])}
         name = found.commit(files)
         self.send_json({"success": True, "commitOid": name, "commitUrl": f"{self.hub.url}/{repo}/commit/{name}"})
 
