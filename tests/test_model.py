@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -32,7 +33,7 @@ EPS32 = 2.0**-23  # torch's F.rms_norm and the model add float32's epsilon to th
 TINY = train.Config(
     n_head=6, n_kv_head=2, head_dim=14, aspect_ratio=28, vocab_size=31, seq_len=18, window_pattern="SLS",
     softcap=7.0, rope_base=50.0, attn_impl="einsum", dtype="float32", device_batch_size=5, total_batch_size=5,
-    num_iterations=40, learning_rate=3e-3, eps=1e-3,
+    num_iterations=40, learning_rate=3e-3, eps=1e-3, loss_slice=13,
 )  # fmt: skip
 B, T = 5, 13
 
@@ -161,7 +162,23 @@ def replace(**fields):
 def distance(tree, reference):
     """Largest difference over all leaves, as a share of the reference leaf's largest magnitude."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
-    return max(float(np.abs(np.float64(a) - b).max() / np.abs(np.float64(b)).max()) for a, b in pairs)
+    return max(float(np.abs(np.float64(a) - b).max() / (np.abs(np.float64(b)).max() or 1.0)) for a, b in pairs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    """Programs this small compile twice as fast with little optimization."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def full_compiler(quick_compiler):
+    """The compiler as it is, for programs that are looked at and not run."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -330,9 +347,9 @@ def test_bfloat16_stays_near_float32_in_loss_and_gradient(batch, tiny_loss_and_g
         assert np.linalg.norm(half_grad - grad) < 0.1 * np.linalg.norm(grad), path
 
 
-@pytest.mark.parametrize("size", [13, 65])
+@pytest.mark.parametrize("size", [5, 65])
 def test_loss_slices_do_not_change_loss_or_gradient(size, batch, tiny_loss_and_grads):
-    """The loss is made slice by slice to save memory: one slice of 65 tokens gives what 5 of 13 and 65 of 1 give."""
+    """The loss is made slice by slice to save memory: one slice of 65 tokens gives what 5 of 13 and 13 of 5 give."""
     loss, grads = tiny_loss_and_grads
     sliced_loss, sliced_grads = loss_and_grads(replace(loss_slice=size), random_params(TINY), *batch)
     assert sliced_loss == pytest.approx(float(loss), rel=1e-6)
@@ -701,6 +718,9 @@ def test_the_old_state_is_donated_and_nothing_else_is():
     """Undonated, parameters and moments would exist twice (3.2 GB more by default); the tables must survive."""
     state, constants = fresh_state()
     x, y = (jnp.asarray(a) for a in random_batch(STEP))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Some donated buffers")  # those that no output can take
+        train.make_train_step(STEP).lower(state, constants, x, y)
     new, _ = make_step(STEP)(state, constants, x, y)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, constants, x, y)))
@@ -771,6 +791,7 @@ def test_eight_devices_give_the_losses_of_one():
     """Eight shards of two microbatches have the mean of sixteen; 16 sequences on three devices are refused."""
     code = EIGHT.format(root=str(ROOT), tests=str(ROOT / "tests"))
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
@@ -800,7 +821,7 @@ def test_named_scopes_are_in_the_compiled_step():
 
 GEN = replace(seq_len=42, window_pattern="SSL")
 NEW = 24
-PROMPT_LENGTHS = (1, 5, 16, 17, 18)
+PROMPT_SEEDS = {1: 0, 5: 14, 16: 5, 17: 8, 18: 8}  # by length; those that lead to many different tokens
 
 
 @functools.cache
@@ -816,14 +837,14 @@ def greedy_reference(config, params, prompt, count):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("length", PROMPT_LENGTHS)
+@pytest.mark.parametrize("length", PROMPT_SEEDS)
 def test_greedy_generation_equals_recomputing_the_whole_prefix(length):
     """Token for token: the cache holds the right keys at the right positions, and padding is never seen."""
-    params = random_params(GEN)
-    prompt = random_tokens(GEN, 1, length, seed=length)[0].tolist()
+    params = random_params(GEN, 1)
+    prompt = random_tokens(GEN, 1, length, PROMPT_SEEDS[length])[0].tolist()
     tokens = train.generate(GEN, params, prompt, NEW, sampler=greedy_sampler())
     want = greedy_reference(GEN, widen(params), prompt, NEW)
-    assert len(set(want)) > 5  # a model stuck on one token would agree with anything
+    assert len(set(want)) > 10  # a model stuck on one token would agree with anything
     assert tokens == want
 
 
@@ -842,7 +863,7 @@ def test_greedy_generation_equals_forward_on_the_whole_prefix():
 
 def test_a_batch_of_prompts_is_sampled_row_by_row():
     """make_sampler on several rows gives each row what it gets alone."""
-    params, prompts = random_params(GEN), random_tokens(GEN, 3, 5)
+    params, prompts = random_params(GEN, 1), random_tokens(GEN, 3, 5)
     together = np.asarray(greedy_sampler()(params, prompts, 5, jax.random.key(0)))
     assert together.shape == (3, NEW) and together.dtype == np.int32
     for row, prompt in zip(together, prompts, strict=True):
@@ -919,18 +940,18 @@ CHIP = train.Config(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "impl, kernels, mebibytes", [("splash", 3, 100), ("pallas", 3, 100), ("einsum", 0, 100), ("jax", 0, 100)]
-)
-def test_a_v6e_program_has_the_kernels_its_attention_promises(impl, kernels, mebibytes):
-    """A kernel interpreted in a chip's program would be a thousand times slower; the step stays within its memory."""
+@pytest.mark.parametrize("impl, kernels", [("splash", 3), ("pallas", 3), ("einsum", 0), ("jax", 0)])
+def test_a_v6e_program_has_the_kernels_its_attention_promises(impl, kernels, full_compiler):
+    """A kernel interpreted in a chip's program would be a thousand times slower, an undonated state twice as large."""
     pytest.importorskip("libtpu", reason="compiling for v6e needs libtpu: jax[tpu]")
-    config = dataclasses.replace(CHIP, attn_impl=impl, window_pattern="L" if impl == "pallas" else "S")
-    compiled = train.compile_for_chip(config)
+    compiled = train.compile_for_chip(
+        dataclasses.replace(CHIP, attn_impl=impl, window_pattern="L" if impl == "pallas" else "S")
+    )
     calls = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    assert calls == kernels * CHIP.n_layer == kernels * 2  # forward, dq, dk with dv
     memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    peak -= memory.alias_size_in_bytes
-    print(impl, calls, memory.temp_size_in_bytes / 2**20, peak / 2**20)
-    assert calls == kernels * config.n_layer
-    assert peak < mebibytes * 2**20
+    state = 12 * train.count_params(CHIP)["total"]  # bytes: parameters and two moments
+    assert memory.alias_size_in_bytes >= state
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert state < peak < 1.1 * state
+    assert memory.temp_size_in_bytes < 8 * 2**20  # 4.7 to 6.3 MiB on jax 0.7.2 to 0.12
