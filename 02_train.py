@@ -523,19 +523,35 @@ def attention_splash(q, k, v, window):
 
 
 def attention_pallas(q, k, v, window):
+    group = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(a, group, axis=2) for a in (k, v))  # this kernel knows no grouped heads
+    return jnp.swapaxes(flash_attention(*(jnp.swapaxes(a, 1, 2) for a in (q, k, v))), 1, 2)
+
+
+def run_flash(interpret, q, k, v, g=None):
+    """Attention by JAX's TPU flash kernel; with g, its gradients. Both are traced here, where interpreting acts."""
     from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    T, group = q.shape[1], q.shape[2] // k.shape[2]
     names = [field.name for field in dataclasses.fields(flash.BlockSizes)]
-    blocks = flash.BlockSizes(**{name: 1 if name == "block_b" else math.gcd(T, 512) for name in names})
+    blocks = flash.BlockSizes(**{name: 1 if name == "block_b" else math.gcd(q.shape[2], 512) for name in names})
+    attend = functools.partial(flash.flash_attention, causal=True, sm_scale=q.shape[-1] ** -0.5, block_sizes=blocks)
+    # True: as XLA operations. The default interpreter calls back to Python, which no program for a v6e may contain.
+    with pltpu.force_tpu_interpret_mode(True) if interpret else contextlib.nullcontext():
+        out, grads = jax.vjp(attend, q, k, v)
+        return out if g is None else grads(g)
 
-    def kernel(interpret, q, k, v):
-        with pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext():
-            return flash.flash_attention(q, k, v, causal=True, sm_scale=q.shape[-1] ** -0.5, block_sizes=blocks)
 
-    k, v = (jnp.repeat(a, group, axis=2) for a in (k, v))  # this kernel knows no grouped heads
-    return jnp.swapaxes(interpreted_off_tpu(kernel, *(jnp.swapaxes(a, 1, 2) for a in (q, k, v))), 1, 2)
+@jax.custom_vjp
+def flash_attention(q, k, v):
+    """Causal attention of q, k, v (B, N, T, H) by JAX's TPU flash kernel, interpreted off TPU."""
+    return interpreted_off_tpu(run_flash, q, k, v)
+
+
+flash_attention.defvjp(
+    lambda q, k, v: (flash_attention(q, k, v), (q, k, v)),
+    lambda saved, g: interpreted_off_tpu(run_flash, *saved, g),  # its forward kernel and the one above become one
+)
 
 
 ATTENTIONS = {
