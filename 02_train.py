@@ -205,26 +205,12 @@ class Config:
 def check_config(config):
     """Raises UserError for the first field of a Config that cannot work."""
     c = config
-    for name in (
-        "keep",
-        "n_head",
-        "n_kv_head",
-        "head_dim",
-        "aspect_ratio",
-        "vocab_size",
-        "seq_len",
-        "device_batch_size",
-    ):
-        require(getattr(c, name) > 0, name, getattr(c, name), "must be a positive integer")
-    for name in (
-        "total_batch_size",
-        "num_iterations",
-        "eval_tokens",
-        "rope_base",
-        "learning_rate",
-        "eps",
-        "loss_slice",
-    ):
+    for field in dataclasses.fields(c):
+        value, kinds = getattr(c, field.name), {float: (float, int), int: (int,), str: (str,)}[field.type]
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and (field.type is str or math.isfinite(value))
+        require(fits, field.name, value, f"must be a finite {field.type.__name__}")
+    sizes = "keep n_head n_kv_head head_dim aspect_ratio vocab_size seq_len device_batch_size total_batch_size"
+    for name in f"{sizes} num_iterations eval_tokens loss_slice rope_base learning_rate eps".split():
         require(getattr(c, name) > 0, name, getattr(c, name), "must be greater than 0")
     require(0 < c.softcap <= 60, "softcap", c.softcap, "must lie in (0, 60]: exp(softcap) summed must fit float32")
     for name in ("eval_every", "sample_every", "save_every", "save_minutes", "grad_clip", "weight_decay"):
@@ -512,7 +498,7 @@ def attention_splash(q, k, v, window):
     mask = splash.MultiHeadMask([mask] * N)
     block = math.gcd(T, 1024)  # 2048 does not fit VMEM; 512 took a quarter longer (ancestor's v6e timings)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks = splash.BlockSizes(**{f"block_{name}": block for name in names})
+    blocks = splash.BlockSizes(**{f"block_{name}": block for name in names} | {"block_kv_compute": math.gcd(T, 512)})
 
     def kernel(interpret, q, k, v):
         attend = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
@@ -786,8 +772,8 @@ def slice_grads(config, h, lm_head, y, scale):
 
 def in_slices(config, h, y):
     """h (B, T, D) and y (B, T) as (slices, loss_slice or less, ...)."""
-    size = math.gcd(y.size, config.loss_slice)
-    return h.reshape(-1, size, h.shape[-1]), y.reshape(-1, size)
+    count = next(n for n in itertools.count(-(-y.size // config.loss_slice)) if y.size % n == 0)
+    return h.reshape(count, -1, h.shape[-1]), y.reshape(count, -1)
 
 
 # %%
@@ -1078,11 +1064,8 @@ def generate(config, params, prompt, max_new_tokens, temperature=0.0, top_k=0, s
 # %%
 def checkpoint_files(config, state, stream, notes, metrics=""):
     """A checkpoint's files, {name: bytes or arrays}, copied from the device: the state is donated to the next step."""
-    leaves = jax.tree.leaves(state)
-    for leaf in leaves:
-        leaf.copy_to_host_async()
-    shared = next(iter(leaves[0].devices())).platform == "cpu"  # where NumPy would see the device's own memory
-    flat = common.flatten(state).items()
+    shared = jax.default_backend() == "cpu"  # where NumPy would see the device's own memory
+    flat = common.flatten(jax.device_get(state)).items()
     arrays = {name: np.array(a, copy=shared or None, order="C") for name, a in flat}  # safetensors takes C for granted
     part = lambda key: {n.removeprefix(f"{key}."): a for n, a in arrays.items() if n.startswith(f"{key}.")}
     position = {name: value for name, value in stream.items() if name != "tokens"}
@@ -1210,7 +1193,7 @@ def check_tokenizer(config, tokenizer):
 def describe_origin(corpus, tokenizer, mesh):
     """What a run is made from beside its config: nothing secret, nothing of the user's machine but its device."""
     return {
-        "data": f"{corpus.name} at {corpus.revision}, {len(corpus.train)} shards",
+        "data": {"name": corpus.name, "revision": corpus.revision, "shards": len(corpus.train)},
         "tokenizer_sha256": tok.tokenizer_hash(tokenizer),
         "commit": common.git_commit(),
         "jax": jax.__version__,
@@ -1275,7 +1258,7 @@ class Trainer:
         rows = self._resume(describe_origin(corpus, tokenizer, mesh))
         batch_tokens, peak = config.total_batch_size * config.seq_len, peak_rate(config, mesh, model)
         metrics = self.run_dir / "metrics.jsonl"
-        self.log = common.RunLog(metrics, rows, config.num_iterations, self.step, batch_tokens, peak, on_log)
+        self.log = common.RunLog(metrics, config.num_iterations, self.step, batch_tokens, peak, on_log, rows=rows)
         self.profile = common.ProfileWindow(self.run_dir / "profile", config.num_iterations - self.step)
         self.writer = common.CheckpointWriter(self.run_dir / "checkpoints", config.keep, mirror and mirror.offer)
         tokens = token_stream(tokenizer, corpus.train, batch_tokens, self.stream)
@@ -1301,7 +1284,11 @@ class Trainer:
             rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
             say(f"resuming: {self.run_dir} goes on behind step {self.step:,} of {self.config.num_iterations:,}")
         self.notes["made_from"] = origin
-        description = {"config": dataclasses.asdict(self.config), **origin, "gzip_bpb": self.held_out.gzip_bpb}
+        description = {
+            "config": dataclasses.asdict(self.config),
+            **origin,
+            "gzip_bits_per_byte": self.held_out.gzip_bpb,
+        }
         with common.atomic_write(self.run_dir / "config.json") as part:
             part.write_text(json.dumps(description, indent=2) + "\n")
         return rows

@@ -281,7 +281,7 @@ class RunLog:
     late, so that the device always has a step queued while the host looks at the last.
     """
 
-    def __init__(self, path, rows, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10):
+    def __init__(self, path, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10, rows=()):
         """peak_rate: tokens/s at the device's peak FLOPS, for MFU; None where that is not known."""
         with warnings.catch_warnings(action="ignore"):  # a notebook without ipywidgets gets the plain bar
             from tqdm.auto import tqdm
@@ -360,7 +360,8 @@ class RunLog:
 
     def close(self):
         self._bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # a row that a full disk did not take has been told already
+            self._file.close()
 
 
 class ProfileWindow:

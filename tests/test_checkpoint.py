@@ -589,9 +589,9 @@ def test_what_is_written_are_the_numbers_of_the_save(tmp_path, monkeypatch):
     for _ in range(3):
         state, _ = step(state, constants, x, x)
     jax.block_until_ready(state)
-    assert leaf.is_deleted(), "the state should have been donated"
     go_on.set()
     writer.wait()
+    assert leaf.is_deleted(), "the state should have been donated"
     written = arrays_of(tmp_path / "checkpoints" / "step_00000001")
     assert {f"{key}.{name}": a[2] for (key, name), a in written.items()}.items() <= expected.items() and written
 
@@ -707,16 +707,22 @@ def test_a_signal_saves_what_was_reached(corpus, tokenizer, tmp_path, quick, num
 
 def test_a_signal_while_the_last_checkpoint_is_written_does_not_end_the_process(corpus, tokenizer, tmp_path, quick):
     """Handlers were put back before the writer was waited for: a SIGTERM then killed the write."""
-    real = common.write_checkpoint
+    real_write, real_close, closing, got_through = common.write_checkpoint, train.Trainer.close, threading.Event(), []
 
     def write(*args):
+        closing.wait(30)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-        time.sleep(0.2)
-        real(*args)
+        time.sleep(0.1)
+        real_write(*args)
 
     quick.setattr(common, "write_checkpoint", write)
-    run(corpus, tokenizer, tmp_path, eval_every=0)
-    assert newest(tmp_path).name == "step_00000020"
+    quick.setattr(train.Trainer, "close", lambda trainer: (closing.set(), real_close(trainer)))
+    before = signal.signal(signal.SIGTERM, lambda *args: got_through.append(args))
+    try:
+        run(corpus, tokenizer, tmp_path, eval_every=0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert newest(tmp_path).name == "step_00000020" and got_through == []
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

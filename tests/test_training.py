@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
 from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors import SafetensorError
@@ -58,6 +59,7 @@ TINY = {
     "eval_every": 8,
     "eval_tokens": ROWS * 24,
     "sample_every": 0,
+    "keep": 99,
     "save_every": 6,
 }
 
@@ -426,8 +428,17 @@ def test_more_eval_tokens_than_there_are_is_one_line(corpus, tokenizer):
 PROMPTS = ("the", "import self", "water")
 
 
+def without_times(rows):
+    """Rows of metrics but for what a clock says."""
+    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second", "mfu")} for row in rows]
+
+
 def read_rows(path):
-    return [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
+    return without_times(map(json.loads, (Path(path) / "metrics.jsonl").read_text().splitlines()))
+
+
+def newest_checkpoint(run_dir):
+    return common.newest_checkpoint(Path(run_dir) / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -438,30 +449,33 @@ def straight(corpus, tokenizer, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "git_commit", lambda: "a commit")
         result = train.train(tiny(), corpus, tokenizer, run_dir, prompts=PROMPTS, on_log=rows.append)
-    return result, rows
+    return result, without_times(rows)
 
 
 def last_arrays(run_dir):
     """Every array of a run's last checkpoint by name, as bytes."""
-    checkpoint = train.newest_checkpoint(run_dir)
-    arrays = load_file(checkpoint / "params.safetensors")
-    arrays |= load_file(checkpoint / "optimizer.safetensors")
+    checkpoint = newest_checkpoint(run_dir)
+    files = ("params", "mu", "nu", "stream")
+    arrays = {
+        f"{file}.{name}": a for file in files for name, a in load_file(checkpoint / f"{file}.safetensors").items()
+    }
     return {name: array.tobytes() for name, array in arrays.items()}
 
 
 def last_notes(run_dir):
-    return json.loads((train.newest_checkpoint(run_dir) / "state.json").read_text())
+    """What a run's last checkpoint notes, but for the commit, jax and device it was made with."""
+    return {**json.loads((newest_checkpoint(run_dir) / "state.json").read_text()), "made_from": None}
 
 
 def position_of(run_dir):
     """The stream's state in a run's last checkpoint."""
-    tokens = load_file(train.newest_checkpoint(run_dir) / "optimizer.safetensors")["stream.tokens"]
+    tokens = load_file(newest_checkpoint(run_dir) / "stream.safetensors")["tokens"]
     return {**last_notes(run_dir)["stream"], "tokens": tokens}
 
 
 def assert_same_end(run_dir, straight_dir):
     """The same metrics, step, parameters, moments and best score, bit for bit. (Where the stream is cut may differ.)"""
-    assert (Path(run_dir) / "metrics.jsonl").read_text() == (Path(straight_dir) / "metrics.jsonl").read_text()
+    assert read_rows(run_dir) == read_rows(straight_dir)
     ours, theirs = last_arrays(run_dir), last_arrays(straight_dir)
     assert set(ours) == set(theirs)
     assert [name for name in ours if ours[name] != theirs[name] and name != "stream.tokens"] == []
@@ -507,7 +521,7 @@ def test_the_last_checkpoint_holds_the_trained_parameters(straight):
     """params.safetensors, read by the library itself, is result.params name by name and bit for bit."""
     result, _ = straight
     names = sorted(path.name for path in (result.run_dir / "checkpoints").iterdir())
-    assert names == [f"step_{step:08d}" for step in (6, 12, 18, 24, 26)]
+    assert names == [f"step_{step:08d}" for step in (6, 8, 12, 16, 18, 24, 26)]
     arrays = load_file(result.run_dir / "checkpoints" / names[-1] / "params.safetensors")
     expected = {name: result.params[name] for name in ("wte", "lm_head", "resid_lambdas", "x0_lambdas")}
     for i, layer in enumerate(result.params["layers"]):
@@ -516,9 +530,10 @@ def test_the_last_checkpoint_holds_the_trained_parameters(straight):
     for name, value in expected.items():
         assert arrays[name].dtype == np.float32
         np.testing.assert_array_equal(arrays[name], np.asarray(value), err_msg=name)
-    rest = load_file(result.run_dir / "checkpoints" / names[-1] / "optimizer.safetensors")
-    assert rest["step"] == 26 and rest["stream.tokens"].dtype == np.int32
-    assert {f"{moment}.{name}" for moment in ("mu", "nu") for name in expected} == set(rest) - {"step", "stream.tokens"}
+    rest = {
+        file: load_file(result.run_dir / "checkpoints" / names[-1] / f"{file}.safetensors") for file in ("mu", "nu")
+    }
+    assert set(rest["mu"]) == set(rest["nu"]) == set(expected) and last_notes(result.run_dir)["step"] == 26
 
 
 def test_config_json_says_what_produced_the_run(straight, corpus, tokenizer):
@@ -623,10 +638,10 @@ def test_interrupted_and_resumed_is_the_same_run(straight, corpus, tokenizer, tm
         interrupt_at(patch, k)
         cut = train.train(tiny(), corpus, tokenizer, tmp_path, prompts=PROMPTS)
     assert cut.step == k
-    assert train.newest_checkpoint(tmp_path).name == f"step_{k:08d}"
+    assert newest_checkpoint(tmp_path).name == f"step_{k:08d}"
     assert [row["step"] for row in read_rows(tmp_path) if "loss" in row] == list(range(1, k + 1))
     assert position_of(tmp_path)["epoch"] == (1 if k == 23 else 0)
-    saved = load_file(train.newest_checkpoint(tmp_path) / "params.safetensors")
+    saved = load_file(newest_checkpoint(tmp_path) / "params.safetensors")
     np.testing.assert_array_equal(saved["wte"], np.asarray(cut.params["wte"]))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and loader_threads() == []
 
@@ -643,16 +658,15 @@ def test_interrupted_and_resumed_is_the_same_run(straight, corpus, tokenizer, tm
 
 
 def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(straight, corpus, tokenizer, tmp_path, monkeypatch):
-    """An error behind step 20 leaves the checkpoint of step 13; rows behind it are made again, once and the same."""
+    """An error behind step 22 leaves the checkpoint of step 16; rows behind it are made again, once and the same."""
     config = tiny(save_every=13)
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):
-        interrupt_at(patch, 20, raise_now=ConnectionError("the runtime is gone"))
+        interrupt_at(patch, 22, raise_now=ConnectionError("the runtime is gone"))
         train.train(config, corpus, tokenizer, tmp_path)
-    assert train.newest_checkpoint(tmp_path).name == "step_00000013" and loader_threads() == []
-    assert read_rows(tmp_path)[-1]["step"] == 16, "there should be rows behind the checkpoint"
+    assert newest_checkpoint(tmp_path).name == "step_00000016" and loader_threads() == []
     logged = []
     train.train(config, corpus, tokenizer, tmp_path, on_log=logged.append)
-    assert logged[0]["step"] == 14
+    assert [row["step"] for row in logged[:2]] == [16, 17] and "val_bpb" in logged[0]
     assert_same_end(tmp_path, straight[0].run_dir)
 
 
@@ -689,7 +703,7 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_a_run_that_goes_on(
     with monkeypatch.context() as patch:
         interrupt_at(patch, 19, raise_now=KeyboardInterrupt())
         assert interrupted(lambda: train.train(tiny(), corpus, tokenizer, tmp_path))
-    assert train.newest_checkpoint(tmp_path).name == "step_00000018"
+    assert newest_checkpoint(tmp_path).name == "step_00000018"
     train.train(tiny(), corpus, tokenizer, tmp_path)
     assert_same_end(tmp_path, straight[0].run_dir)
 
@@ -702,7 +716,7 @@ def test_an_interrupt_before_the_first_step_leaves_nothing_behind(corpus, tokeni
 
     monkeypatch.setattr(train.PrefetchDataLoader, "__next__", raise_interrupt)
     assert interrupted(lambda: train.train(tiny(), corpus, tokenizer, tmp_path))
-    assert loader_threads() == [] and train.newest_checkpoint(tmp_path) is None
+    assert loader_threads() == [] and newest_checkpoint(tmp_path) is None
 
 
 def test_a_second_interrupt_breaks_off_at_once(corpus, tokenizer, tmp_path, monkeypatch):
@@ -719,7 +733,7 @@ def test_a_second_interrupt_breaks_off_at_once(corpus, tokenizer, tmp_path, monk
     monkeypatch.setattr(train, "make_evaluator", lambda *args: evaluate)
     config = tiny(num_iterations=8, eval_every=4, save_every=4)
     assert interrupted(lambda: train.train(config, corpus, tokenizer, tmp_path))
-    assert seen == ["began"] and train.newest_checkpoint(tmp_path).name == "step_00000004"
+    assert seen == ["began"] and newest_checkpoint(tmp_path).name == "step_00000004"
     assert loader_threads() == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     jax.profiler.start_trace(tmp_path / "trace")  # raises if the last one were still on
     jax.profiler.stop_trace()
@@ -736,7 +750,7 @@ def test_a_finished_run_does_no_step_and_is_scored_again(straight, corpus, token
     assert [row["step"] for row in logged] == [26] and "val_bpb" in logged[0]
     assert again[1:6] == first[1:6]
     assert kept() == before and len(before) > 20
-    assert plotted[-1] == read_rows(first.run_dir), "the curve lost what was before"
+    assert without_times(plotted[-1]) == read_rows(first.run_dir), "the curve lost what was before"
 
 
 def test_the_curve_of_a_resumed_run_shows_all_of_it(corpus, tokenizer, tmp_path, monkeypatch):
@@ -790,7 +804,7 @@ def test_a_step_is_saved_before_it_is_evaluated(corpus, tokenizer, tmp_path, mon
         quick_score(monkeypatch, lambda *args: (_ for _ in ()).throw(MemoryError("RESOURCE_EXHAUSTED")))
         with pytest.raises(MemoryError):
             train.train(config, corpus, tokenizer, tmp_path / run)
-        assert train.newest_checkpoint(tmp_path / run).name == f"step_{kept:08d}"
+        assert newest_checkpoint(tmp_path / run).name == f"step_{kept:08d}"
 
 
 def test_an_evaluation_that_failed_is_made_up_for(corpus, tokenizer, tmp_path, monkeypatch):
@@ -812,7 +826,7 @@ def test_a_step_is_saved_before_it_is_sampled(corpus, tokenizer, tmp_path, monke
     config = tiny(num_iterations=8, sample_every=4, save_every=4, eval_every=0)
     with pytest.raises(MemoryError):
         train.train(config, corpus, tokenizer, tmp_path, prompts=PROMPTS)
-    assert train.newest_checkpoint(tmp_path).name == "step_00000004"
+    assert newest_checkpoint(tmp_path).name == "step_00000004"
 
 
 def test_samples_are_shown_where_they_are_due(corpus, tokenizer, tmp_path, monkeypatch, capsys):
@@ -852,7 +866,7 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus, tokenizer, tmp_path, mon
     with pytest.raises(UserError, match=r"\b8\b") as caught:
         train.train(tiny(save_every=4), corpus, tokenizer, tmp_path)
     assert "\n" not in str(caught.value) and "learning_rate" in str(caught.value)
-    assert train.newest_checkpoint(tmp_path).name == "step_00000004"
+    assert newest_checkpoint(tmp_path).name == "step_00000004"
     assert [row["step"] for row in read_rows(tmp_path) if "loss" in row] == list(range(1, 8))
     assert loader_threads() == []
 
@@ -862,7 +876,7 @@ def test_a_learning_rate_far_too_high_is_told(corpus, tokenizer, tmp_path):
     config = tiny(learning_rate=1e30, grad_clip=0.0, warmup_ratio=0.0, save_every=1, eval_every=0)
     with pytest.raises(UserError, match="learning_rate"):
         train.train(config, corpus, tokenizer, tmp_path)
-    checkpoint = train.newest_checkpoint(tmp_path)
+    checkpoint = newest_checkpoint(tmp_path)
     for name, array in load_file(checkpoint / "params.safetensors").items():
         assert np.isfinite(array).all(), f"{checkpoint.name}: {name}"
 
@@ -888,7 +902,7 @@ def test_too_few_tokens_for_a_batch_is_told_by_the_loop(corpus, tokenizer, tmp_p
     config = tiny(total_batch_size=600)
     with pytest.raises(UserError, match="too few"):
         train.train(config, corpus, tokenizer, tmp_path)
-    assert train.newest_checkpoint(tmp_path) is None and loader_threads() == []
+    assert newest_checkpoint(tmp_path) is None and loader_threads() == []
 
 
 @pytest.mark.parametrize(
@@ -903,16 +917,16 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(corpus, tokenize
     """A save that finds the disk full is a UserError; no half folder is left and the checkpoint before is whole."""
     quick_step(monkeypatch)
     quick_score(monkeypatch)
-    real, saved = train.save_file, []
+    real, saved = safetensors.numpy.save_file, []
 
     def save_file(arrays, path, *args, **kwargs):
         saved.append(path)
-        if len(saved) > 3:  # two files a checkpoint: the second checkpoint's second file
+        if len(saved) > 5:  # four arrays' files a checkpoint: the second checkpoint's second
             Path(path).write_bytes(b"half")
             raise error
         return real(arrays, path, *args, **kwargs)
 
-    monkeypatch.setattr(train, "save_file", save_file)
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_file)
     with pytest.raises(UserError, match="disk is full") as caught:
         train.train(tiny(save_every=4), corpus, tokenizer, tmp_path)
     assert "\n" not in str(caught.value)
@@ -946,7 +960,7 @@ def test_a_checkpoint_brings_everything_back_bit_for_bit(tmp_path):
     stream = {"epoch": 3, "shard": 1, "row_group": 4, "document": 1, "tokens": np.array([5, 9, 299], np.int32)}
     notes = {"best_val_bpb": 2.125}
     path = train.save_checkpoint(tmp_path, config, state, stream, notes)
-    assert path == train.newest_checkpoint(tmp_path) and path.name == "step_00000007"
+    assert path == newest_checkpoint(tmp_path) and path.name == "step_00000007"
     assert not list(path.rglob("*.p*kl*")) and {file.suffix for file in path.iterdir()} == {
         ".safetensors",
         ".json",
@@ -976,11 +990,12 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
 
 
 def test_the_newest_checkpoint_is_the_furthest_and_never_half_a_one(tmp_path):
-    """By step number and not by date, past a hundred million too; what was left half-written is not looked at."""
-    assert train.newest_checkpoint(tmp_path) is None
-    for name in ("step_00000009", "step_00000010", "step_00000002", ".step_00000011.x.part/step_00000011"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert train.newest_checkpoint(tmp_path).name == "step_00000010"
+    """By step number and not by date; what was left half-written is not looked at."""
+    assert newest_checkpoint(tmp_path) is None
+    for step in (9, 10, 2):
+        common.write_checkpoint(tmp_path / "checkpoints" / f"step_{step:08d}", {"a": b"a"})
+    (tmp_path / "checkpoints" / ".step_00000011.part").mkdir()
+    assert newest_checkpoint(tmp_path).name == "step_00000010"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1242,7 +1257,7 @@ def test_the_command_leaves_the_promised_files(command_line_run):
     assert left == {"config.json", "metrics.jsonl", "loss.png", "profile", "checkpoints", "model"}
     model = {path.name: path.read_bytes() for path in (run_dir / "model").iterdir()}
     assert set(model) == {"config.json", "loss.png", "params.safetensors", "tokenizer.json"}
-    assert model["params.safetensors"] == (train.newest_checkpoint(run_dir) / "params.safetensors").read_bytes()
+    assert model["params.safetensors"] == (newest_checkpoint(run_dir) / "params.safetensors").read_bytes()
     assert not [path for path in run_dir.rglob("*") if path.name.endswith(".part") or path.name.startswith(".")]
     assert trace_files(run_dir) and len(read_rows(run_dir)) == 300 + 3
 
@@ -1258,7 +1273,7 @@ def test_the_command_interrupted_goes_on_when_it_is_given_again(command_line_run
     assert code == 0, err
     step = int(re.search(r"trained: (\d+) of 300 steps", out)[1])
     [run_dir] = (tmp_path / "runs").iterdir()
-    assert 15 <= step < 300 and train.newest_checkpoint(run_dir).name == f"step_{step:08d}"
+    assert 15 <= step < 300 and newest_checkpoint(run_dir).name == f"step_{step:08d}"
     code, out, err = finish(start(*words))
     assert code == 0 and "resuming" in out and f"step {step} " in out, err
     assert_same_end(run_dir, command_line_run[0])
