@@ -1449,12 +1449,12 @@ PRESETS = {
         "dtype": "float32",
         "device_batch_size": 8,
         "total_batch_size": 8,
-        "num_iterations": 800,
+        "num_iterations": 300,
         "learning_rate": 3e-3,
-        "eval_every": 200,
+        "eval_every": 100,
         "eval_tokens": 1 << 16,
         "sample_every": 0,
-        "save_every": 400,
+        "loss_slice": 512,
     },
 }
 PROMPTS = {
