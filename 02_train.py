@@ -209,8 +209,10 @@ def check_config(config):
         value, kinds = getattr(c, field.name), {float: (float, int), int: (int,), str: (str,)}[field.type]
         fits = isinstance(value, kinds) and not isinstance(value, bool) and (field.type is str or math.isfinite(value))
         require(fits, field.name, value, f"must be a finite {field.type.__name__}")
-    sizes = "keep n_head n_kv_head head_dim aspect_ratio vocab_size seq_len device_batch_size total_batch_size"
-    for name in f"{sizes} num_iterations eval_tokens loss_slice rope_base learning_rate eps".split():
+    sizes = "n_head n_kv_head head_dim aspect_ratio vocab_size seq_len device_batch_size total_batch_size keep"
+    for name in f"{sizes} num_iterations eval_tokens loss_slice".split():
+        require(getattr(c, name) > 0, name, getattr(c, name), "must be a positive integer")
+    for name in ("rope_base", "learning_rate", "eps"):
         require(getattr(c, name) > 0, name, getattr(c, name), "must be greater than 0")
     require(0 < c.softcap <= 60, "softcap", c.softcap, "must lie in (0, 60]: exp(softcap) summed must fit float32")
     for name in ("eval_every", "sample_every", "save_every", "save_minutes", "grad_clip", "weight_decay"):
@@ -596,17 +598,28 @@ def apply_rope(x, cos, sin):
 @jax.custom_vjp
 def rope_and_norm(x, cos, sin):
     """rms_norm(apply_rope(x)), (B, T, heads, H) -> the same, in one pass: the rotation leaves the rms as it is."""
-    return (apply_rope(x, cos, sin) * inverse_rms(x)).astype(x.dtype)
+    return rope_and_norm_forward(x, cos, sin)[0]
+
+
+def rope_and_norm_forward(x, cos, sin):
+    r = inverse_rms(x)
+    out = (apply_rope(x, cos, sin) * r).astype(x.dtype)
+    return out, (out, r, cos, sin)  # attention keeps `out` anyway, so that x itself need not live on
 
 
 def rope_and_norm_backward(saved, g):
-    x, cos, sin = saved
-    r = inverse_rms(x)
-    y, g = x.astype(jnp.float32) * r, apply_rope(g, cos, -sin)
-    return (r * (g - y * jnp.mean(g * y, axis=-1, keepdims=True))).astype(x.dtype), None, None
+    """The norm's gradient from its output, then the rotation back."""
+    out, r, cos, sin = saved
+    H, g, y = out.shape[-1], g.astype(jnp.float32), out.astype(jnp.float32)
+    # The mean of g * y as a product with ones / H comes out broadcast over the head: one pass instead of two.
+    ones = jnp.full((H, H), 1 / H, out.dtype)
+    product = (g * y).astype(out.dtype)
+    mean = jnp.einsum("...h,hg->...g", product, ones, preferred_element_type=jnp.float32, precision="highest")
+    dx = jax.lax.optimization_barrier((r * (g - y * mean)).astype(out.dtype))  # else computed twice, for both halves
+    return apply_rope(dx, cos, -sin).astype(out.dtype), None, None
 
 
-rope_and_norm.defvjp(lambda x, cos, sin: (rope_and_norm(x, cos, sin), (x, cos, sin)), rope_and_norm_backward)
+rope_and_norm.defvjp(rope_and_norm_forward, rope_and_norm_backward)
 
 
 @jax.custom_vjp
@@ -1467,6 +1480,7 @@ PROMPTS = {
 OVERRIDES = ""  # @param {type:"string"}
 
 if __name__ == "__main__":
+    common.keep_compiled()
     run, config = common.choose(Config, PRESETS, OVERRIDES)
     hub_token = common.read_secret("HF_TOKEN")
     mirror = common.open_mirror(run, hub_token)
