@@ -479,7 +479,7 @@ REFUSED = [
     (dict(device_batch_size=0), "device_batch_size=0", "positive"),
     (dict(total_batch_size=0), "total_batch_size=0", "positive"),
     (dict(total_batch_size=63), "total_batch_size=63", "multiple of device_batch_size=4"),
-    (dict(num_iterations=0), "num_iterations=0", "greater than 0"),
+    (dict(num_iterations=0), "num_iterations=0", "positive"),
     (dict(learning_rate=0.0), "learning_rate=0.0", "greater than 0"),
     (dict(learning_rate=float("nan")), "learning_rate=nan", "finite"),
     (dict(learning_rate=float("inf")), "learning_rate=inf", "finite"),
@@ -496,7 +496,7 @@ REFUSED = [
     (dict(warmup_ratio=0.75, warmdown_ratio=0.5), "1.25", "must not exceed 1"),
     (dict(final_lr_frac=2.0), "final_lr_frac=2.0", "[0, 1]"),
     (dict(eval_every=-1), "eval_every=-1", "negative"),
-    (dict(eval_tokens=0), "eval_tokens=0", "greater than 0"),
+    (dict(eval_tokens=0), "eval_tokens=0", "positive"),
     (dict(sample_every=-5), "sample_every=-5", "negative"),
     (dict(save_every=-5), "save_every=-5", "negative"),
 ]
