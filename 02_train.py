@@ -604,7 +604,8 @@ def rope_and_norm(x, cos, sin):
 def rope_and_norm_forward(x, cos, sin):
     r = inverse_rms(x)
     out = (apply_rope(x, cos, sin) * r).astype(x.dtype)
-    return out, (out, r, cos, sin)  # attention keeps `out` anyway, so that x itself need not live on
+    # Attention keeps `out` anyway, so that x need not live on; a last axis of 1 would be padded to 128 lanes.
+    return out, (out, r[..., 0], cos, sin)
 
 
 def rope_and_norm_backward(saved, g):
@@ -615,7 +616,8 @@ def rope_and_norm_backward(saved, g):
     ones = jnp.full((H, H), 1 / H, out.dtype)
     product = (g * y).astype(out.dtype)
     mean = jnp.einsum("...h,hg->...g", product, ones, preferred_element_type=jnp.float32, precision="highest")
-    dx = jax.lax.optimization_barrier((r * (g - y * mean)).astype(out.dtype))  # else computed twice, for both halves
+    dx = (r[..., None] * (g - y * mean)).astype(out.dtype)
+    dx = jax.lax.optimization_barrier(dx)  # or XLA computes it again inside the rotation
     return apply_rope(dx, cos, -sin).astype(out.dtype), None, None
 
 

@@ -798,9 +798,10 @@ class NoProfile:
 
 
 def test_a_step_is_saved_before_it_is_evaluated(corpus, tokenizer, tmp_path, monkeypatch):
-    """An evaluation that runs out of memory, in the middle or at the end, finds its step's checkpoint written."""
+    """An evaluation that runs out of memory finds its step saved, whether a save was due there or not."""
     quick_step(monkeypatch)
-    for run, config, kept in (("middle", tiny(num_iterations=12, save_every=8), 8), ("end", tiny(num_iterations=5), 5)):
+    due, not_due, end = tiny(num_iterations=12, save_every=8), tiny(num_iterations=12), tiny(num_iterations=5)
+    for run, config, kept in (("due", due, 8), ("not due", not_due, 8), ("end", end, 5)):
         quick_score(monkeypatch, lambda *args: (_ for _ in ()).throw(MemoryError("RESOURCE_EXHAUSTED")))
         with pytest.raises(MemoryError):
             train.train(config, corpus, tokenizer, tmp_path / run)
@@ -819,11 +820,11 @@ def test_an_evaluation_that_failed_is_made_up_for(corpus, tokenizer, tmp_path, m
 
 
 def test_a_step_is_saved_before_it_is_sampled(corpus, tokenizer, tmp_path, monkeypatch):
-    """Sampling that fails finds its step's checkpoint written, evaluations and saves set aside."""
+    """Sampling that fails finds its step's checkpoint written, though no save was due there."""
     quick_step(monkeypatch)
     quick_score(monkeypatch)
     monkeypatch.setattr(train, "generate", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError))
-    config = tiny(num_iterations=8, sample_every=4, save_every=4, eval_every=0)
+    config = tiny(num_iterations=8, sample_every=4, save_every=0, eval_every=0)
     with pytest.raises(MemoryError):
         train.train(config, corpus, tokenizer, tmp_path, prompts=PROMPTS)
     assert newest_checkpoint(tmp_path).name == "step_00000004"
@@ -871,13 +872,18 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus, tokenizer, tmp_path, mon
     assert loader_threads() == []
 
 
-def test_a_learning_rate_far_too_high_is_told(corpus, tokenizer, tmp_path):
-    """The real step driven beyond float32 stops with the remedy, and what was saved before is finite."""
-    config = tiny(learning_rate=1e30, grad_clip=0.0, warmup_ratio=0.0, save_every=1, eval_every=0)
+@pytest.mark.parametrize("learning_rate, weight_decay, kept", [(1e30, 0.0, 1), (1e38, 1e3, 0)])
+def test_a_learning_rate_far_too_high_is_told(corpus, tokenizer, tmp_path, learning_rate, weight_decay, kept):
+    """The real step driven beyond float32 stops with the remedy, and what was saved before is finite.
+
+    In the second case step 1 has a finite loss and gradient, and leaves infinite parameters: not to be kept.
+    """
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup_ratio": 0.0, "grad_clip": 0.0}
     with pytest.raises(UserError, match="learning_rate"):
-        train.train(config, corpus, tokenizer, tmp_path)
+        train.train(tiny(**rates, save_every=1, eval_every=0), corpus, tokenizer, tmp_path)
     checkpoint = newest_checkpoint(tmp_path)
-    for name, array in load_file(checkpoint / "params.safetensors").items():
+    assert (checkpoint and checkpoint.name) == (f"step_{kept:08d}" if kept else None)
+    for name, array in (load_file(checkpoint / "params.safetensors") if kept else {}).items():
         assert np.isfinite(array).all(), f"{checkpoint.name}: {name}"
 
 
