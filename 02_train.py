@@ -381,7 +381,7 @@ def load_held_out(tokenizer, corpus, config):
     require(total >= needed, "eval_tokens", config.eval_tokens, remedy)
     parts[-1] = parts[-1][: len(parts[-1]) - (total - needed)]
     raw = tok.token_byte_strings(tokenizer)
-    gzip_bpb = tok.gzip_bits_per_byte(b"".join(raw[i] for i in ids) for ids in parts)
+    gzip_bpb = tok.gzip_bits_per_byte(b"".join(raw[i] for i in ids) for ids in parts if len(ids) > 1)
     tokens = np.concatenate(parts).astype(np.int32)
     return HeldOut(tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1), gzip_bpb)
 

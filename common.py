@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -133,12 +134,12 @@ def parse_settings(*classes, overrides=""):
     """
     if not in_notebook():
         sys.excepthook = print_one_line_errors
-    words = overrides.split() + ([] if in_notebook() else sys.argv[1:])
+    words = shlex.split(overrides) + ([] if in_notebook() else sys.argv[1:])
     given, unknown = _make_parser(classes).parse_known_args(words)
     if unknown:
         names = [field.name for cls in classes for field in dataclasses.fields(cls)]
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, n=1)
-        hint = f"; did you mean --{near[0]}?" if near else ""
+        hint = f"; did you mean --{near[0]}?" if near else "."
         raise UserError(f"unknown setting {unknown[0]!r}{hint} --help lists every setting")
     return [{f.name: getattr(given, f.name) for f in dataclasses.fields(cls) if f.name in given} for cls in classes]
 

@@ -529,7 +529,7 @@ def test_tiktoken_where_it_can_be_had(monkeypatch, capsys):
 
 def run_client(hub, home, code, **environment):
     """Runs `code` with `tok` imported in a process of its own that knows only this Hub; returns the process."""
-    start = 'import importlib, common\ntok = importlib.import_module("01_tokenizer")\ntok.FIRST_PAUSE = 0.01\n'
+    start = 'import importlib, common\ntok = importlib.import_module("01_tokenizer")\ncommon.FIRST_PAUSE = 0.01\n'
     environment = os.environ | hub.environment() | {"ONECHIP_HOME": str(home)} | environment
     environment |= {
         "HF_HUB_DOWNLOAD_TIMEOUT": "1",
@@ -586,18 +586,22 @@ def test_downloads_that_cannot_succeed_are_refused(tmp_path):
         hub.add_repo(tok.FINEWEB_REPO, files, "dataset", commit="b" * 40)
         del files["shard_00000.parquet"]
         hub.add_repo(tok.FINEWEB_REPO, files, "dataset", commit="c" * 40)
+        fifty = {f"shard_{i:05d}.parquet": b"" for i in range(50) if i != 37}
+        hub.add_repo(tok.FINEWEB_REPO, fifty | {"shard_01822.parquet": b""}, "dataset", commit="e" * 40)
         hub.faults = [Fault("GET", f"/{tok.FINEWEB_REVISION}/shard_00002", flip=True, times=100)]
         code = (
-            "for number, revision in ((3, tok.FINEWEB_REVISION), (2, 'b' * 40), (1, 'c' * 40), (1, 'd' * 40)):\n"
+            "asked = [(2, 'b' * 40), (1, 'c' * 40), (1, 'd' * 40), (50, 'e' * 40)]\n"
+            "for number, revision in ((3, tok.FINEWEB_REVISION), *asked):\n"
             "    try:\n        tok.fineweb_corpus(number, revision=revision)\n"
             "    except common.UserError as error:\n        print('refused', error)\n"
         )
         said = [line for line in finish(run_client(hub, tmp_path, code)).splitlines() if line.startswith("refused")]
-        assert len(said) == 4
+        assert len(said) == 5
         assert "shard_00002" in said[0] and "SHA-256" in said[0] and "after 5 attempts" in said[0]
         assert "shard_00001" in said[1] and "parquet" in said[1]
         assert "shard_00000" in said[2] and "no such shard" in said[2]
         assert "dddddddddddd" in said[3] and "attempts" not in said[3]
+        assert "shard_00037" in said[4] and "no such shard" in said[4] and not hub.count("GET", "e{40}")
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
         assert f"fineweb-edu-{tok.FINEWEB_REVISION[:12]}/shard_00000.parquet" in left
         assert not [
@@ -647,9 +651,9 @@ def test_the_whole_run_uploads_to_the_hub(tmp_path):
 def test_no_upload_is_said_and_ends_nothing(tmp_path, capsys):
     """Without a token, or with one that the Hub refuses, one line says so and the run goes on."""
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert tok.upload_folder(tmp_path, ["tokenizer.json"], None) is None
+    assert common.upload_folder(tmp_path, ["tokenizer.json"], None) is None
     assert "no HF_TOKEN" in capsys.readouterr().out
     with Hub() as hub:
-        code = f"print(tok.upload_folder({str(tmp_path)!r}, ['tokenizer.json'], 'hf_wrong', 'someone/x'))"
+        code = f"print(common.upload_folder({str(tmp_path)!r}, ['tokenizer.json'], 'hf_wrong', 'someone/x'))"
         said = finish(run_client(hub, tmp_path, code))
         assert "upload: none" in said and said.endswith("None\n") and "hf_wrong" not in said
