@@ -598,30 +598,17 @@ def apply_rope(x, cos, sin):
 @jax.custom_vjp
 def rope_and_norm(x, cos, sin):
     """rms_norm(apply_rope(x)), (B, T, heads, H) -> the same, in one pass: the rotation leaves the rms as it is."""
-    return rope_and_norm_forward(x, cos, sin)[0]
-
-
-def rope_and_norm_forward(x, cos, sin):
-    r = inverse_rms(x)
-    out = (apply_rope(x, cos, sin) * r).astype(x.dtype)
-    # Attention keeps `out` anyway, so that x need not live on; a last axis of 1 would be padded to 128 lanes.
-    return out, (out, r[..., 0], cos, sin)
+    return (apply_rope(x, cos, sin) * inverse_rms(x)).astype(x.dtype)
 
 
 def rope_and_norm_backward(saved, g):
-    """The norm's gradient from its output, then the rotation back."""
-    out, r, cos, sin = saved
-    H, g, y = out.shape[-1], g.astype(jnp.float32), out.astype(jnp.float32)
-    # The mean of g * y as a product with ones / H comes out broadcast over the head: one pass instead of two.
-    ones = jnp.full((H, H), 1 / H, out.dtype)
-    product = (g * y).astype(out.dtype)
-    mean = jnp.einsum("...h,hg->...g", product, ones, preferred_element_type=jnp.float32, precision="highest")
-    dx = (r[..., None] * (g - y * mean)).astype(out.dtype)
-    dx = jax.lax.optimization_barrier(dx)  # or XLA computes it again inside the rotation
-    return apply_rope(dx, cos, -sin).astype(out.dtype), None, None
+    x, cos, sin = saved
+    r = inverse_rms(x)
+    y, g = x.astype(jnp.float32) * r, apply_rope(g, cos, -sin)
+    return (r * (g - y * jnp.mean(g * y, axis=-1, keepdims=True))).astype(x.dtype), None, None
 
 
-rope_and_norm.defvjp(rope_and_norm_forward, rope_and_norm_backward)
+rope_and_norm.defvjp(lambda x, cos, sin: (rope_and_norm(x, cos, sin), (x, cos, sin)), rope_and_norm_backward)
 
 
 @jax.custom_vjp
