@@ -26,7 +26,7 @@
 #
 # | where | model | time | memory | cost |
 # |---|---|---|---|---|
-# | laptop, two cores, no network | 5M parameters, Python's own sources | under 5 minutes | under 2 GB | nothing |
+# | laptop, two cores, no network | 7M parameters, Python's own sources | 2.5 minutes | under 2 GB | nothing |
 # | Colab, TPU v6e | 268M parameters, FineWeb-Edu | hours; goes on where it stopped | under 31.25 GiB | compute units |
 
 # %% cellView="form"
@@ -1435,7 +1435,7 @@ def run_steps(trainer, interrupt):
 #
 # What runs is decided by what is here, said in a line each, and yours to change: write `OVERRIDES` the way it would
 # stand on a command line, `"--preset laptop --num_iterations 200"`, or pass the same words to `uv run 02_train.py`. The
-# laptop preset is the same code at 1/50 of the size. A run is named after its settings, so that running all cells
+# laptop preset is the same code at 1/37 of the size. A run is named after its settings, so that running all cells
 # again goes on where it stopped, and a changed setting starts a new run.
 
 # %%
@@ -1482,7 +1482,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Look
 #
-# A model of 7 million parameters that has read Python's own sources for four minutes writes Python-shaped nonsense, but
+# A model of 7 million parameters that has read Python's own sources for two minutes writes Python-shaped nonsense, but
 # predicts the next byte better than gzip does. That comparison is what to look at first; the samples are for pleasure.
 
 
