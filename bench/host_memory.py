@@ -1,7 +1,8 @@
 """Host memory and the pause of a checkpoint: figures for LOG.md.
 
     uv run bench/host_memory.py run      2,000 small steps with prefetch, evaluations, checkpoints, samples: is it flat?
-    uv run bench/host_memory.py state    one checkpoint of the default model's state, at its real size
+    uv run bench/host_memory.py state    one checkpoint of the default model's state, at its real size; `state laptop`
+                                         of the laptop's
 
 On a CPU the device's memory is the host's too; `state` takes it off.
 """
@@ -45,9 +46,9 @@ def watch_run(steps=2000):
         train.train(config, corpus, tokenizer, folder, prompts=["import "], on_log=on_log)
 
 
-def watch_state():
-    """Writes one checkpoint of the default model, and prints the pause, the writing time and the peak on the host."""
-    config, mesh = train.Config(), train.make_mesh()
+def watch_state(preset="chip"):
+    """Writes one checkpoint of a preset's model, and prints the pause, the writing time and the peak on the host."""
+    config, mesh = train.Config(**train.PRESETS[preset]), train.make_mesh()
     state, _ = train.init_state(config, mesh)
     state = jax.block_until_ready(jax.tree.map(lambda a: a + 1, state))  # moments of zeros would share one page
     stream = {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "tokens": [1] * 100_000}
@@ -72,4 +73,5 @@ def watch_state():
 
 if __name__ == "__main__":
     common.home().mkdir(parents=True, exist_ok=True)
-    {"run": watch_run, "state": watch_state}[sys.argv[1] if len(sys.argv) > 1 else "run"]()
+    mode, *arguments = sys.argv[1:] or ["run"]
+    {"run": watch_run, "state": watch_state}[mode](*arguments)
