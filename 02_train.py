@@ -447,9 +447,9 @@ def merge_params(trainable, constants):
 # ### Attention, four times
 #
 # One function, four implementations. `einsum` is the one to read: scores, mask, softmax, sum, with the full T x T
-# matrix in memory, 128 MiB a sequence and layer at the default size. `jax` is JAX's own, which takes cuDNN on a GPU.
-# `splash` and `pallas` are TPU kernels that never write that matrix down; Splash also skips the blocks that a window
-# masks. All take q (B, T, N, H) and k, v (B, T, K, H), where query head n reads key/value head n // (N / K), and the
+# matrix in memory, 128 MiB a sequence and layer at the default size. `jax` is JAX's own, as XLA operations on any
+# device. `splash` and `pallas` are TPU kernels that never write that matrix down; Splash also skips the blocks that a
+# window masks. All take q (B, T, N, H) and k, v (B, T, K, H), where query head n reads key/value head n // (N / K); the
 # tests hold them equal in value and gradient.
 
 
@@ -475,7 +475,7 @@ def attention_einsum(q, k, v, window):
 
 
 def attention_jax(q, k, v, window):
-    # A window of all T keys is left out: cuDNN has a faster path for plain causal attention.
+    # A window of all T keys is no window: is_causal says it all, and spares a second mask.
     local = None if window >= q.shape[1] else (window - 1, 0)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
 
