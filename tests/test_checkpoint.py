@@ -31,7 +31,6 @@ import pytest
 import safetensors.numpy
 from conftest import ROOT
 from hub import Fault, Hub
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 import common
@@ -39,6 +38,7 @@ from common import UserError
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 TINY = {
     "n_head": 2,
@@ -64,26 +64,6 @@ TIMES = ("time", "tokens_per_second", "mfu")
 
 def tiny(**changes):
     return train.Config(**{**TINY, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Each call of train() makes its own jitted functions: a cache on disk spares 8 of 10 s for the same program."""
-    cache = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in cache.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))  # for the processes that are started here
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
