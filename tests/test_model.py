@@ -700,7 +700,13 @@ def test_the_step_is_the_gradient_of_the_mean_loss_put_through_adamw():
     assert state["step"] == 1
     m, v = ({name: np.zeros_like(a) for name, a in want.items()} for _ in range(2))
     adamw_reference(STEP, want, grads, m, v, 0)
-    assert distance(flat(state["mu"]), m) < 2e-5
+    # A lambda's gradient is one sum of 18,144 signed products that nearly cancel: rounding leaves 6e-6 to 3.3e-5 of
+    # it, by jax version and order of summation, where a matrix's entries keep 1e-6. So each kind has its own bound.
+    mu = flat(state["mu"])
+    matrices = [name for name in m if m[name].ndim > 1]
+    assert len(matrices) == len(m) - 2
+    assert distance({name: mu[name] for name in matrices}, {name: m[name] for name in matrices}) < 5e-6
+    assert distance(mu, m) < 1e-4
     assert distance(flat(state["params"]), want) < 2e-5
 
 
