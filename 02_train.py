@@ -421,7 +421,7 @@ def init_layer(config, key):
 
 
 def init_params(config, key):
-    """All parameters and the RoPE tables as a pytree; see design.md's names: wte (V, D), lm_head (D, V), layers[i]."""
+    """All parameters, float32: wte (V, D), lm_head (D, V), two lambdas (L,) and layers[i]; and the RoPE tables."""
     embed, head, *layers = jax.random.split(key, config.n_layer + 2)
     return {
         "wte": jax.random.normal(embed, (config.vocab_size, config.n_embd)),

@@ -463,3 +463,17 @@ def test_importing_common_is_enough_for_silence():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)
     assert done.stderr == ""
+
+
+def test_compiled_programs_are_kept_under_home_unless_a_user_chose_a_place(monkeypatch):
+    """A second start finds the first one's programs; a cache folder that was set already stays the one in use."""
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for chosen, used in ((None, str(common.home() / "compiled")), ("elsewhere", "elsewhere")):
+            jax.config.update("jax_compilation_cache_dir", chosen)
+            common.keep_compiled()
+            assert jax.config.jax_compilation_cache_dir == used
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

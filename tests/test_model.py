@@ -95,7 +95,7 @@ def windows_reference(config):
 
 
 def logits_reference(config, params, tokens):
-    """The whole transformer in float64, from design.md: logits (B, T, V)."""
+    """The whole transformer in float64, written anew: logits (B, T, V)."""
     x = x0 = norm_reference(params["wte"][tokens])
     for i, (layer, window) in enumerate(zip(params["layers"], windows_reference(config), strict=True)):
         x = params["resid_lambdas"][i] * x + params["x0_lambdas"][i] * x0
@@ -269,7 +269,7 @@ def test_attention_in_bfloat16_takes_its_softmax_in_float32():
 @pytest.mark.parametrize("impl", ["einsum", "jax"])
 @pytest.mark.parametrize("kv_heads, pattern", [(2, "SLS"), (0, "LS"), (1, "S")])
 def test_forward_equals_a_float64_transformer(impl, kv_heads, pattern):
-    """Logits equal the transformer of design.md, every parameter away from its initial value, to 2e-5 of softcap 7."""
+    """Logits equal the float64 transformer, every parameter away from its initial value, to 2e-5 of softcap 7."""
     config = replace(n_kv_head=kv_heads, window_pattern=pattern, attn_impl=impl)
     params, tokens = random_params(config), random_tokens(config, B, T)
     logits = jax.jit(functools.partial(train.forward, config))(params, tokens)
@@ -964,3 +964,10 @@ def test_a_v6e_program_has_the_kernels_its_attention_promises(impl, kernels, ful
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert state < peak < 1.1 * state
     assert memory.temp_size_in_bytes < 8 * 2**20  # 4.7 to 6.3 MiB on jax 0.7.2 to 0.12
+
+
+def test_a_topology_that_is_none_is_told_in_one_line():
+    """A misspelt topology, or a machine without libtpu, is one line with the name and the remedy, not XLA's page."""
+    with pytest.raises(UserError, match="topology='v6e-1'") as caught:
+        train.chip_mesh("v6e-1")
+    assert "\n" not in str(caught.value) and "jax[tpu]" in str(caught.value)

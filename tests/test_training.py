@@ -1237,7 +1237,7 @@ def test_the_command_keeps_stderr_for_the_progress_bar(command_line_run):
 
 
 def test_the_command_leaves_the_promised_files(command_line_run):
-    """One folder per run with what design.md lists and model/, which is what goes to the Hub; nothing half-written."""
+    """One folder per run with what README lists and model/, which is what goes to the Hub; nothing half-written."""
     run_dir, _, _ = command_line_run
     left = {path.name for path in run_dir.iterdir()}
     assert left == {"config.json", "metrics.jsonl", "loss.png", "profile", "checkpoints", "model"}
