@@ -196,10 +196,10 @@ def fused_attention(q, k, v, cos, sin, window):
     q (B, N, T, H), k and v (B, K, T, H), cos and sin (T, H) float32 as 02's rope_tables makes them. T a multiple of
     128, H of 128. Scores are of rotated, normed q and k, scaled by H ** -0.5.
     """
-    return forward(q, k, v, cos, sin, window)[0]
+    return fused_forward(q, k, v, cos, sin, window)[0]
 
 
-def forward(q, k, v, cos, sin, window):
+def fused_forward(q, k, v, cos, sin, window):
     kernel = functools.partial(forward_kernel, window=window, b=block_size(q.shape[2]))
     row = jax.ShapeDtypeStruct((*q.shape[:2], 1, q.shape[2]), jnp.float32)
     outputs = [jax.ShapeDtypeStruct(q.shape, q.dtype), row]
@@ -208,7 +208,7 @@ def forward(q, k, v, cos, sin, window):
     return o, (q, k, v, cos, sin, o, lse)
 
 
-def backward(window, saved, do):
+def fused_backward(window, saved, do):
     q, k, v, cos, sin, o, lse = saved
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1)[:, :, None]
     kernel = functools.partial(backward_kernel, window=window, b=block_size(q.shape[2]))
@@ -221,4 +221,4 @@ def backward(window, saved, do):
     return *grads, None, None
 
 
-fused_attention.defvjp(forward, backward)
+fused_attention.defvjp(fused_forward, fused_backward)

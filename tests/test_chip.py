@@ -247,6 +247,49 @@ def test_a_v6e_program_has_the_kernels_its_attention_promises(impl, kernels_per_
     assert fit.limit_bytes == int(31.25 * 2**30)
 
 
+# GiB that one layer of each preset may take; by this compiler 1.6, 6.1 and 0.1 (LOG 2026-11-20)
+BOUNDS = {"chip": 1.9, "gpu": 7.0, "laptop": 0.2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_preset_compiles_for_a_v6e(preset, on_v6e):
+    """One layer and two microbatches of each: a change that breaks the chip, or takes twice the memory, fails here."""
+    whole = train.Config(**train.PRESETS[preset])
+    config = dataclasses.replace(whole, aspect_ratio=whole.n_embd, total_batch_size=2 * whole.device_batch_size)
+    fit = train.measure_fit(config, on_v6e)
+    assert 12 * train.count_params(config)["total"] < fit.peak_bytes < BOUNDS[preset] * chip.GIB
+    assert count_kernels(fit.compiled) == (2 if whole.attn_impl == "pallas" else 0)
+    assert fit.step_seconds > 0
+
+
+@pytest.mark.slow
+def test_the_default_model_fits_a_v6e_with_room(on_v6e):
+    """All 16 layers at 4 x 2048 tokens: under 7 GiB of 31.25, two kernels a layer, at twice the plain design's speed."""
+    config = dataclasses.replace(train.Config(), total_batch_size=4)
+    fit = train.measure_fit(config, on_v6e)
+    assert count_kernels(fit.compiled) == 2 * 16
+    assert fit.peak_bytes < 7 * chip.GIB  # 17.4 in the plain design
+    assert fit.bytes_per_token < 9e6  # 16.8e6
+    assert 1e9 * fit.step_seconds / (4 * 2048) < 5290  # 10,580
+    text = chip.describe_fit(config, fit, train.peak_rate(config, on_v6e))
+    assert " of 31.25 GiB: parameters 1, moments 2" in text and "compiler's estimate" in text
+
+
+@pytest.mark.slow
+def test_a_slice_and_a_v5e_compile_too():
+    """Eight chips take an eighth of the batch each; a v5e has 15.75 GiB, and refuses what a v6e would take."""
+    needs_libtpu()
+    mesh = train.chip_mesh("v6e:2x4")
+    assert mesh.size == 8
+    fit = train.measure_fit(dataclasses.replace(CHIP, total_batch_size=16), mesh)
+    assert "all-reduce" in fit.compiled.as_text() and fit.fits
+    large = train.Config(vocab_size=49152, aspect_ratio=1024, n_head=16, device_batch_size=4, total_batch_size=4)
+    assert 16 * train.count_params(large)["total"] > 15.75 * chip.GIB * 0.4
+    with pytest.raises(UserError, match="GiB of the 15.75 GiB of 1 x TPU v5 lite; "):
+        train.preflight(dataclasses.replace(large, n_head=64, n_kv_head=64, aspect_ratio=8192), "v5e:1x1")
+
+
 def test_a_topology_that_is_none_is_told_in_one_line():
     """A misspelt topology, or a machine without libtpu, is one line with the name and the remedy, not XLA's page."""
     with pytest.raises(UserError, match="topology='v6e-1'") as caught:

@@ -1,0 +1,193 @@
+"""02 on this machine's CPU: training, start, decoding, tokenizer and loader, as one JSON object.
+
+    uv run bench/cpu.py                            everything, five minutes on two cores
+    uv run bench/cpu.py train decode               some of: train, start, decode, tokenizer, loader
+
+Float32, AdamW, full attention, random tokens for `train`, in the two shapes of README's table of peers. Each figure is
+the median of three rounds, with the lowest and highest beside it; the machine's own matrix product is timed in the same
+rounds. Other load on the machine lowers all of them: compare figures of one run.
+"""
+
+import functools
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+train = importlib.import_module("02_train")
+tok = train.tok
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROUNDS = 3
+PLAIN = dict(attn_impl="einsum", dtype="float32", window_pattern="L", head_dim=128, loss_slice=1024)
+SHAPES = {
+    "small": dict(n_head=2, aspect_ratio=64, vocab_size=8192, seq_len=512, device_batch_size=8, total_batch_size=8),
+    "medium": dict(n_head=4, aspect_ratio=64, vocab_size=32768, seq_len=1024, device_batch_size=2, total_batch_size=2),
+}
+
+
+def config_of(shape):
+    return train.Config(**PLAIN, **SHAPES[shape])
+
+
+def summarize(values, digits=0):
+    """Median, lowest and highest of some figures."""
+    low, middle, high = (round(f(values), digits) for f in (min, statistics.median, max))
+    return {"median": middle, "low": low, "high": high}
+
+
+def rate(action, amount, seconds=4.0):
+    """amount per second of action(), called for about so many seconds after one call to warm up."""
+    action()
+    start, calls = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds or not calls:
+        action()
+        calls += 1
+    return amount * calls / spent
+
+
+def matmul_rate(n=2048):
+    """FLOP/s of JAX's own float32 matrix product."""
+    a = jnp.ones((n, n), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    return rate(lambda: product(a, a).block_until_ready(), 2 * n**3, 2.0)
+
+
+class Stepper:
+    """A training step that is called again and again on the same random tokens."""
+
+    def __init__(self, config):
+        self.config, self.mesh = config, train.make_mesh()
+        self.step = train.make_train_step(config, self.mesh)
+        self.state, self.constants = train.init_state(config, self.mesh)
+        shape = (config.total_batch_size, config.seq_len)
+        self.tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
+
+    def __call__(self):
+        self.state, metrics = self.step(self.state, self.constants, self.tokens, self.tokens)
+        metrics["loss"].block_until_ready()
+
+
+def bench_train():
+    """Training tokens per second by shape, and the share of the matrix product's rate that they are."""
+    rounds, rates = {name: [] for name in SHAPES}, []
+    steppers = {name: Stepper(config_of(name)) for name in SHAPES}
+    for _ in range(ROUNDS):
+        rates.append(matmul_rate())
+        for name, stepper in steppers.items():
+            rounds[name].append(rate(stepper, stepper.tokens.size, 8.0))
+    result = {"matmul_gflops": summarize([r / 1e9 for r in rates])}
+    for name, values in rounds.items():
+        flops = train.flops_per_token(steppers[name].config, full_attention=True)
+        share = flops * statistics.median(values) / statistics.median(rates)
+        result[name] = {"tokens_per_second": summarize(values), "mflop_per_token": round(flops / 1e6, 1)}
+        result[name]["share_of_matmul"] = round(share, 3)
+    return result
+
+
+FIRST_STEP = """
+import importlib, sys
+sys.path.insert(0, {root!r})
+bench = importlib.import_module("bench.cpu")
+bench.train.common.keep_compiled()
+bench.Stepper(bench.config_of("small"))()
+"""
+
+
+def bench_start():
+    """Seconds from a process's start to the end of its first step: nothing compiled yet, and compiled before."""
+    cold, warm = [], []
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as home:
+            for times in (cold, warm):
+                start = time.perf_counter()
+                code = FIRST_STEP.format(root=str(ROOT))
+                subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"ONECHIP_HOME": home})
+                times.append(time.perf_counter() - start)
+    return {"cold_seconds": summarize(cold, 2), "warm_seconds": summarize(warm, 2)}
+
+
+def bench_decode(prompt=64, new=128):
+    """Greedy tokens per second at batch 1 with a cache, by shape; the prompt's pass is part of it."""
+    result = {}
+    for name in SHAPES:
+        config = config_of(name)
+        params = train.init_params(config, jax.random.key(0))
+        sampler = train.make_sampler(config, new)
+        ids = list(range(1, prompt + 1))
+        decode = functools.partial(train.generate, config, params, ids, new, sampler=sampler)
+        result[name] = {"tokens_per_second": summarize([rate(decode, new) for _ in range(ROUNDS)])}
+    return result
+
+
+def bench_tokenizer():
+    """The offline corpus at 8,192 tokens: seconds to train, tokens per second to encode, both on all cores."""
+    corpus = tok.get_corpus("offline", 0)
+    trained = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        tokenizer = tok.train_tokenizer((text for _, text in tok.read_documents(corpus.train)), 8192)
+        trained.append(time.perf_counter() - start)
+    texts = [text for _, text in tok.read_documents(corpus.train)]
+    count = sum(map(len, tok.encode_batch(tokenizer, texts)))
+    rates = [rate(lambda: tok.encode_batch(tokenizer, texts), count) for _ in range(ROUNDS)]
+    return {"train_seconds": summarize(trained, 2), "encode_tokens_per_second": summarize(rates), "tokens": count}
+
+
+def bench_loader():
+    """The stream, parquet to packed batches, by itself, per core; and the step with and without a loader beside it."""
+    corpus, config = tok.get_corpus("offline", 0), config_of("small")
+    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
+    batch_tokens = config.total_batch_size * config.seq_len
+    stream = lambda: train.batches_from(train.token_stream(tokenizer, corpus.train, batch_tokens), config)
+    alone = []
+    for _ in range(ROUNDS):
+        batches, start, cpu = stream(), time.perf_counter(), time.process_time()
+        for _ in range(400):
+            next(batches)
+        alone.append(
+            (400 * batch_tokens / (time.perf_counter() - start), 400 * batch_tokens / (time.process_time() - cpu))
+        )
+    stepper, without, beside, waited = Stepper(config), [], [], []
+    for _ in range(ROUNDS):
+        without.append(rate(stepper, batch_tokens, 6.0))
+        with train.PrefetchDataLoader(stream()) as loader:
+
+            def step():
+                start = time.perf_counter()
+                (stepper.tokens, _), _ = next(loader)
+                waited.append(time.perf_counter() - start)
+                stepper()
+
+            beside.append(rate(step, batch_tokens, 6.0))
+    return {
+        "stream_tokens_per_second": summarize([wall for wall, _ in alone]),
+        "stream_tokens_per_cpu_second": summarize([cpu for _, cpu in alone]),
+        "step_without_loader": summarize(without), "step_with_loader": summarize(beside),
+        "wait_ms_per_step": summarize([1e3 * w for w in waited], 2),
+    }  # fmt: skip
+
+
+BENCHES = {
+    "train": bench_train, "start": bench_start, "decode": bench_decode, "tokenizer": bench_tokenizer,
+    "loader": bench_loader,
+}  # fmt: skip
+
+
+def main(names):
+    environment = {"jax": jax.__version__, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
+    print(json.dumps({**environment, **{name: BENCHES[name]() for name in names or BENCHES}}, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
