@@ -482,7 +482,7 @@ def test_a_bfloat16_model_travels_in_the_bits_it_computes_with(tokenizer, tmp_pa
 
 @pytest.mark.parametrize("fields, reason", [(dict(softcap=4.0), "softcap=4.0"), (dict(window_pattern="SL"), "'SL'")])
 def test_what_qwen3_does_not_compute_is_not_called_qwen3(fields, reason, straight, tokenizer, tmp_path, capsys):
-    """A cap or windows: one line, our own arrays with their config, and a card with the reason; no model.safetensors."""
+    """A cap or windows: one line, our own arrays and config, and a card with the reason; no model.safetensors."""
     shutil.copytree(straight.run_dir, tmp_path / "run")
     config, result = small(**fields), straight._replace(run_dir=tmp_path / "run")
     capsys.readouterr()
