@@ -427,7 +427,7 @@ PLAIN = """\
 in the format of another library, because none computes the same: {reason}."""
 
 
-def write_card(folder, config, result, loading, library):
+def write_model_card(folder, config, result, loading, library):
     """README.md of a model's folder: what it is, what it was trained on and how to load it."""
     made_from = json.loads((result.run_dir / "config.json").read_text())["data"]
     score = "" if result.val_bpb is None else f"On held-out text it needs {result.val_bpb:.3f} bits per byte."
@@ -471,7 +471,7 @@ def export_qwen3(config, result, tokenizer):
     if reason := why_not_qwen3(config):
         say(f"export: plain safetensors, as {reason}")
         folder = train.export_model(result, tokenizer)
-        write_card(folder, config, result, PLAIN.format(reason=reason), "onechip")
+        write_model_card(folder, config, result, PLAIN.format(reason=reason), "onechip")
         return folder
     folder, bos = result.run_dir / "model", tokenizer.token_to_id(tok.SPECIAL_TOKENS[0])
     folder.mkdir(exist_ok=True)
@@ -480,7 +480,7 @@ def export_qwen3(config, result, tokenizer):
     write_json(folder / "config.json", qwen3_config(config, bos))
     write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": bos})
     write_tokenizer(folder, config, tokenizer)
-    write_card(folder, config, result, LOADING.format(dtype=config.dtype), "transformers")
+    write_model_card(folder, config, result, LOADING.format(dtype=config.dtype), "transformers")
     say(f"export: {folder} is a Qwen3ForCausalLM in {config.dtype}")
     return folder
 
