@@ -115,7 +115,7 @@ train = importlib.import_module("02_train")
 # 02 has one knob and derives the rest; here every size is written down, because each was chosen for the chip. A v6e
 # multiplies tiles of 256 x 256: a side of 1,100 takes as long as one of 1,280. So every side of every matrix is a
 # multiple of `tile`, and a head has 256 channels, where 02's 128 fill half of the unit in q k and in weights v. What
-# else training needs is inherited, with four defaults of its own.
+# else training needs is inherited, with a few defaults of its own.
 
 
 # %%
@@ -133,6 +133,7 @@ class Config(train.TrainConfig):
     tile: int = setting(256, "every side of a matrix is a multiple of it: 256 on a v6e, 128 on older TPUs, 1 for any")
     window_pattern: str = setting("L", "attention per layer, tiled: L all, S half the context; last: L", fixed=True)
     softcap: float = setting(0.0, "logits are bounded to +-softcap by tanh; 0 for no bound, as Qwen3", fixed=True)
+    attn_impl: str = setting("splash", "einsum or jax (any device), splash or pallas (TPU)")
     loss_slice: int = setting(1024, "tokens whose logits exist at one time, an eighth of a microbatch")
 
     def check_sizes(self):
@@ -174,8 +175,8 @@ def init_params(config, key):
 # %% [markdown]
 # Attention is 02's block: RMSNorm, RoPE, QK-norm, grouped heads, any of its kernels. The MLP is gated (Shazeer, *GLU
 # Variants Improve Transformer*, 2020), with three matrices of 3,072 hidden channels where 02 has two of 4,096. The
-# gate's gradient is written out and keeps its two inputs; autodiff keeps the sigmoid and the gated branch as well, each
-# of them 48 MiB a layer at 4 x 2048 tokens.
+# gate's gradient is written out and keeps its two inputs, 48 MiB each in a layer at 4 x 2048 tokens; autodiff keeps
+# three more arrays of that size.
 
 
 # %%
@@ -211,7 +212,7 @@ def backbone(config, params, tokens, attend=None, start=0):
         x = params["wte"][tokens]
     for i, layer in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}/attention"):
-            x = x + train.attention_block(layer, x, rope, functools.partial(attend, i))
+            x = x + train.attention_block(layer, x, functools.partial(attend, i, rope))
         with jax.named_scope(f"layer_{i}/mlp"):
             x = x + gated_mlp(layer, x)
     return train.rms_norm(x)
@@ -231,7 +232,7 @@ SWIGLU = train.Model(init_params, backbone)
 
 # %%
 def side_by_side(fits):
-    """A table as text of {name: (config, model, train.Fit, tokens per second at the device's peak or None)}."""
+    """A table as text of {name: (config, model, chip.Fit, tokens per second at the device's peak or None)}."""
     rows = {name: [] for name in ("parameters", "FLOPs per token", "peak HBM, GiB", "ns per token", "MFU")}
     for config, model, fit, peak in fits.values():
         rate = fit.step_seconds and config.total_batch_size * config.seq_len / fit.step_seconds
@@ -244,7 +245,7 @@ def side_by_side(fits):
         )
         for row, cell in zip(rows.values(), cells, strict=True):
             row.append(cell)
-    where = next(iter(fits.values()))[2].topology or "the attached device"
+    where = next(iter(fits.values()))[2].where
     lines = [f"{where + ', estimated':<28}" + "".join(f"{name:>14}" for name in fits)]
     return "\n".join(lines + [f"{name:<28}" + "".join(f"{cell:>14}" for cell in row) for name, row in rows.items()])
 
@@ -253,12 +254,11 @@ def compare_models(topology=""):
     """Both models as designed, compiled for a TPU topology or, where that is empty, for the attached device: text."""
     mesh = train.chip_mesh(topology) if topology else train.make_mesh()
     models = {"02_train": (train.Config(), train.GPT), "04_maxtext": (Config(), SWIGLU)}
-    return side_by_side(
-        {
-            name: (config, model, train.preflight(config, topology, model), train.peak_rate(config, mesh, model))
-            for name, (config, model) in models.items()
-        }
-    )
+    fits = {
+        name: (config, model, train.measure_fit(config, mesh, model), train.peak_rate(config, mesh, model))
+        for name, (config, model) in models.items()
+    }
+    return side_by_side(fits)
 
 
 # %% [markdown]
@@ -294,9 +294,14 @@ OVERRIDES = ""  # @param {type:"string"}
 if __name__ == "__main__":
     common.keep_compiled()
     run, config = common.choose(Config, PRESETS, OVERRIDES, CompareRun)
-    hub_token = common.read_secret("HF_TOKEN")
+    print(train.describe_model(config, SWIGLU))
     if run.wants_table():
         print(compare_models(run.compare))
+    train.look_before(config, run.preflight, SWIGLU)
+
+# %%
+if __name__ == "__main__":
+    hub_token = common.read_secret("HF_TOKEN")
     result, tokenizer = train.train_run(run, config, hub_token, SWIGLU)
 
 # %% [markdown]

@@ -504,13 +504,13 @@ def test_what_qwen3_does_not_compute_is_not_called_qwen3(fields, reason, straigh
 
 def test_the_table_has_both_models_and_says_what_it_does_not_know():
     """Rows of figures, one column a model: time per token and MFU from the fit's step, or unknown."""
-    fit = SimpleNamespace(topology="v6e:1x1", peak_bytes=9 * 2**30, step_seconds=0.5)
-    unknown = SimpleNamespace(topology="v6e:1x1", peak_bytes=3 * 2**29, step_seconds=None)
+    fit = SimpleNamespace(where="1 x TPU v6 lite", peak_bytes=9 * 2**30, step_seconds=0.5)
+    unknown = SimpleNamespace(where="1 x TPU v6 lite", peak_bytes=3 * 2**29, step_seconds=None)
     ours, theirs = maxtext.Config(), train.Config()
     peak = 918e12 / train.flops_per_token(ours, maxtext.SWIGLU)
     table = maxtext.side_by_side({"one": (theirs, train.GPT, unknown, None), "two": (ours, maxtext.SWIGLU, fit, peak)})
     rows = {line[:28].strip(): line[28:].split() for line in table.splitlines()}
-    assert rows["v6e:1x1, estimated"] == ["one", "two"]
+    assert rows["1 x TPU v6 lite, estimated"] == ["one", "two"]
     assert rows["parameters"] == ["268.4M", "369.1M"]
     assert rows["peak HBM, GiB"] == ["1.50", "9.00"]
     assert rows["ns per token"] == ["unknown", f"{0.5e9 / 131072:,.0f}"]
@@ -519,6 +519,21 @@ def test_the_table_has_both_models_and_says_what_it_does_not_know():
         pytest.approx(train.flops_per_token(theirs), rel=5e-3),
         pytest.approx(train.flops_per_token(ours, maxtext.SWIGLU), rel=5e-3),
     ]
+
+
+def test_each_model_is_measured_with_its_own_functions(monkeypatch):
+    """02's default by 02's functions and this one's by its own; a model that does not fit stays in the table."""
+    measured = []
+
+    def measure(config, mesh, model):
+        measured.append((config, mesh.size, model))
+        return SimpleNamespace(where="1 x cpu", peak_bytes=40 * 2**30, step_seconds=None)
+
+    monkeypatch.setattr(train, "measure_fit", measure)
+    table = maxtext.compare_models()
+    assert measured == [(train.Config(), 1, train.GPT), (maxtext.Config(), 1, maxtext.SWIGLU)]
+    assert table.splitlines()[0].split() == ["1", "x", "cpu,", "estimated", "02_train", "04_maxtext"]
+    assert table.count("40.00") == 2 and table.count("unknown") == 4
 
 
 def test_models_are_compared_where_asked_or_on_a_tpu(monkeypatch):
