@@ -127,33 +127,31 @@ tok = importlib.import_module("01_tokenizer")
 # %% [markdown]
 # ## Config
 #
-# Every number that shapes the model or its training is a field here and nowhere else. One knob scales the model:
-# `n_head`. The width is `n_head * head_dim` and there is one layer per `aspect_ratio` channels of width, so 8 heads
-# give 1024 channels, 16 layers and 268.4M parameters. A config that cannot run is refused when it is built, with the
-# field, the value and the remedy. It is static to `jit`: change a field and the step is compiled anew.
+# Every number that shapes the model or its training is a field here and nowhere else. `TrainConfig` holds what any
+# model needs, `Config` adds the sizes of this one. One knob scales it: `n_head`. The width is `n_head * head_dim` and
+# there is one layer per `aspect_ratio` channels of width, so 8 heads give 1024 channels, 16 layers and 268.4M
+# parameters. A config that cannot run is refused when it is built, with the field, the value and the remedy. It is
+# static to `jit`: change a field and the step is compiled anew. A run never goes on with another `fixed` field.
 
 
 # %%
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Model and training parameters."""
+class TrainConfig:
+    """What training needs of any model. A model's Config adds n_head, n_kv_head, head_dim, n_embd, n_layer, mlp_dim."""
 
-    n_head: int = setting(8, "query heads; scales the model: n_embd = n_head * head_dim")
-    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0 means as many as n_head")
-    head_dim: int = setting(128, "channels per head; 128 fills half a v6e matrix unit, 256 all of it")
-    aspect_ratio: int = setting(64, "channels per layer: n_layer = n_embd // aspect_ratio")
-    vocab_size: int = setting(32768, "tokens in the vocabulary, the nine special ones included")
-    seq_len: int = setting(2048, "tokens of context")
-    window_pattern: str = setting("SSSL", "attention per layer, tiled: S half the context, L all; the last layer is L")
-    softcap: float = setting(15.0, "logits are bounded to +-softcap by tanh")
-    rope_base: float = setting(10000.0, "longest rotary wavelength, in units of 2 pi tokens")
+    vocab_size: int = setting(32768, "tokens in the vocabulary, the nine special ones included", fixed=True)
+    seq_len: int = setting(2048, "tokens of context", fixed=True)
+    window_pattern: str = setting(
+        "SSSL", "attention per layer, tiled: S half the context, L all; the last layer is L", fixed=True
+    )
+    softcap: float = setting(15.0, "logits are bounded to +-softcap by tanh; 0 for no bound", fixed=True)
+    rope_base: float = setting(10000.0, "longest rotary wavelength, in units of 2 pi tokens", fixed=True)
     attn_impl: str = setting(
         "pallas", "einsum (any device), jax (any device), splash (TPU) or pallas (TPU, our own kernels)"
     )
     dtype: str = setting("bfloat16", "compute type, bfloat16 or float32; master weights and moments stay float32")
     device_batch_size: int = setting(4, "sequences per microbatch and device")
-    total_batch_size: int = setting(64, "sequences per step: device_batch_size * devices * accumulation")
+    total_batch_size: int = setting(64, "sequences per step: device_batch_size * devices * accumulation", fixed=True)
     num_iterations: int = setting(20000, "optimizer steps")
     learning_rate: float = setting(7e-4, "peak learning rate")
     weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only")
@@ -170,8 +168,29 @@ class Config:
     save_every: int = setting(1000, "steps between checkpoints; 0 for none but those that follow from the others")
     save_minutes: float = setting(15.0, "minutes between checkpoints at most; 0 for no such limit")
     keep: int = setting(2, "newest checkpoints that stay; the best one stays as well")
-    param_seed: int = setting(42, "seed of the initial weights")
+    param_seed: int = setting(42, "seed of the initial weights", fixed=True)
     loss_slice: int = setting(8192, "tokens whose logits exist at one time")
+
+    @property
+    def windows(self):
+        """Keys that a query sees in each layer, itself included: (n_layer,) ints."""
+        span = {"S": max(1, self.seq_len // 2), "L": self.seq_len}
+        pattern = itertools.islice(itertools.cycle(self.window_pattern), self.n_layer - 1)
+        return (*(span[letter] for letter in pattern), self.seq_len)
+
+    def __post_init__(self):
+        check_config(self)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Model and training parameters."""
+
+    n_head: int = setting(8, "query heads; scales the model: n_embd = n_head * head_dim", fixed=True)
+    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0 means as many as n_head", fixed=True)
+    head_dim: int = setting(128, "channels per head; 128 fills half a v6e matrix unit, 256 all of it", fixed=True)
+    aspect_ratio: int = setting(64, "channels per layer: n_layer = n_embd // aspect_ratio", fixed=True)
 
     @property
     def n_embd(self):
@@ -185,16 +204,15 @@ class Config:
     def mlp_dim(self):
         return 4 * self.n_embd
 
-    @property
-    def windows(self):
-        """Keys that a query sees in each layer, itself included: (n_layer,) ints."""
-        span = {"S": max(1, self.seq_len // 2), "L": self.seq_len}
-        pattern = itertools.islice(itertools.cycle(self.window_pattern), self.n_layer - 1)
-        return (*(span[letter] for letter in pattern), self.seq_len)
-
     def __post_init__(self):
         object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
-        check_config(self)
+        super().__post_init__()
+
+    def check_sizes(self):
+        """Raises UserError unless there is a whole number of layers."""
+        require(self.aspect_ratio > 0, "aspect_ratio", self.aspect_ratio, "must be a positive integer")
+        width = f"must be a multiple of aspect_ratio={self.aspect_ratio}, so that n_layer is whole"
+        require(self.n_embd % self.aspect_ratio == 0, "n_embd = n_head * head_dim", self.n_embd, width)
 
 
 # %% [markdown]
@@ -210,12 +228,12 @@ def check_config(config):
         value, kinds = getattr(c, field.name), {float: (float, int), int: (int,), str: (str,)}[field.type]
         fits = isinstance(value, kinds) and not isinstance(value, bool) and (field.type is str or math.isfinite(value))
         require(fits, field.name, value, f"must be a finite {field.type.__name__}")
-    sizes = "n_head n_kv_head head_dim aspect_ratio vocab_size seq_len device_batch_size total_batch_size keep"
+    sizes = "n_head n_kv_head head_dim vocab_size seq_len device_batch_size total_batch_size keep"
     for name in f"{sizes} num_iterations eval_tokens loss_slice".split():
         require(getattr(c, name) > 0, name, getattr(c, name), "must be a positive integer")
     for name in ("rope_base", "learning_rate", "eps"):
         require(getattr(c, name) > 0, name, getattr(c, name), "must be greater than 0")
-    require(0 < c.softcap <= 60, "softcap", c.softcap, "must lie in (0, 60]: exp(softcap) summed must fit float32")
+    require(0 <= c.softcap <= 60, "softcap", c.softcap, "must lie in [0, 60]: exp(softcap) summed must fit float32")
     for name in ("eval_every", "sample_every", "save_every", "save_minutes", "grad_clip", "weight_decay"):
         require(getattr(c, name) >= 0, name, getattr(c, name), "must not be negative")
     for name in ("beta1", "beta2"):
@@ -226,8 +244,7 @@ def check_config(config):
     require(ramps <= 1, "warmup_ratio + warmdown_ratio", ramps, "must not exceed 1")
     require(c.n_head % c.n_kv_head == 0, "n_kv_head", c.n_kv_head, f"must divide n_head={c.n_head}")
     require(c.head_dim % 2 == 0, "head_dim", c.head_dim, "must be even: RoPE turns pairs of channels")
-    width = f"must be a multiple of aspect_ratio={c.aspect_ratio}, so that n_layer is whole"
-    require(c.n_embd % c.aspect_ratio == 0, "n_embd = n_head * head_dim", c.n_embd, width)
+    c.check_sizes()
     letters = bool(c.window_pattern) and set(c.window_pattern) <= {"S", "L"}
     require(letters, "window_pattern", c.window_pattern, 'use the letters S and L, such as "SSSL" or "L"')
     require(c.dtype in ("bfloat16", "float32"), "dtype", c.dtype, "use bfloat16 or float32")
@@ -634,14 +651,24 @@ def cast_params(config, params):
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def choose_attention(config):
+    """attend(i, rope, q, k, v) of layer i by attn_impl, each layer with its own window."""
+    run_attention = ATTENTIONS[config.attn_impl]
+    return lambda i, rope, q, k, v: run_attention(q, k, v, rope, config.windows[i])
+
+
+def rope_at(params, start, length):
+    """Cosines and signed sines, (length, H) each, of the positions start, start + 1, ..."""
+    return [jax.lax.dynamic_slice_in_dim(table, start, length) for table in params["rope"]]
+
+
 def backbone(config, params, tokens, attend=None, start=0):
     """Final hidden states (B, T, D), normed, in the compute type, for tokens (B, T) at positions start, start + 1, ...
 
     attend(i, rope, q, k, v) is layer i's attention; sampling hands in one that keeps a cache. params are cast already.
     """
-    run_attention = ATTENTIONS[config.attn_impl]
-    attend = attend or (lambda i, rope, q, k, v: run_attention(q, k, v, rope, config.windows[i]))
-    rope = [jax.lax.dynamic_slice_in_dim(table, start, tokens.shape[1]) for table in params["rope"]]
+    attend = attend or choose_attention(config)
+    rope = rope_at(params, start, tokens.shape[1])
     with jax.named_scope("embedding"):
         x = x0 = rms_norm(params["wte"][tokens])
     for i, layer in enumerate(params["layers"]):
@@ -693,13 +720,13 @@ def flops_per_token(config, model=GPT, full_attention=False):
     """Training FLOPs per token; full_attention counts all T keys per query, as many published MFU figures do."""
     count = count_params(config, model)
     spans = [config.seq_len if full_attention else mean_keys(config.seq_len, w) for w in config.windows]
-    return 6 * (count["total"] - count["embed"] - count["scalars"]) + 12 * config.n_embd * sum(spans)
+    return 6 * (count["total"] - count["embed"] - count["scalars"]) + 12 * config.n_head * config.head_dim * sum(spans)
 
 
 def describe_model(config, model=GPT):
     """A table of parameters by group, and FLOPs per token, as text."""
     count = count_params(config, model)
-    rows = [f"  {name:<10}{n:>14,}{n / count['total']:>8.1%}" for name, n in count.items()]
+    rows = [f"  {name:<10}{n:>14,}{n / count['total']:>8.1%}" for name, n in count.items() if n]
     flops = flops_per_token(config, model), flops_per_token(config, model, full_attention=True)
     return "\n".join(["parameters", *rows, "FLOPs per token: {:.3g} ({:.3g} counting all T keys)".format(*flops)])
 
@@ -708,7 +735,7 @@ def describe_model(config, model=GPT):
 # ## Loss and optimizer
 #
 # Logits are soft-capped, 15 tanh(z / 15), in float32: the cap keeps one confident token from dominating a batch, and
-# bounds exp() so well that the usual subtraction of the maximum can be left out.
+# bounds exp() so well that the usual subtraction of the maximum can be left out. With `softcap` 0 it cannot.
 #
 # Logits are also the largest thing in training: 8,192 tokens by 32,768 words in float32 are 1 GiB, and autodiff would
 # keep several of that size. Here the gradient is formed where the logits are, slice by slice in the forward pass, so
@@ -716,11 +743,20 @@ def describe_model(config, model=GPT):
 
 
 # %%
+def cap_logits(config, z):
+    """Logits z (..., V) in float32, within +-softcap if there is one; and the slope of that, d capped / d z."""
+    z = z.astype(jnp.float32)
+    if not config.softcap:
+        return z, 1.0
+    t = jnp.tanh(z / config.softcap)
+    return config.softcap * t, 1 - t * t
+
+
 def logits_of(config, params, hidden):
-    """Soft-capped logits (..., V) in float32 for hidden states (..., D)."""
+    """Logits (..., V), soft-capped, in float32 for hidden states (..., D)."""
     with jax.named_scope("lm_head"):
         z = jnp.einsum("...d,dv->...v", hidden, params["lm_head"], preferred_element_type=jnp.float32)
-        return config.softcap * jnp.tanh(z / config.softcap)
+        return cap_logits(config, z)[0]
 
 
 def forward(config, params, tokens, model=GPT):
@@ -734,17 +770,17 @@ def slice_losses(config, h, lm_head, y):
     with jax.named_scope("lm_head"):
         z = jnp.einsum("md,dv->mv", h, lm_head)  # in the compute type, as nanochat's: float32 doubles the traffic
     with jax.named_scope("loss"):
-        t = jnp.tanh(z.astype(jnp.float32) / config.softcap)
+        z, slope = cap_logits(config, z)
         hit = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) == y[:, None]  # a comparison fuses, a scatter does not
-        lse = jnp.log(jnp.sum(jnp.exp(config.softcap * t), axis=-1))
-        return lse - jnp.sum(jnp.where(hit, config.softcap * t, 0), axis=-1), (t, hit, lse)
+        lse = jnp.log(jnp.sum(jnp.exp(z), axis=-1)) if config.softcap else jax.nn.logsumexp(z, axis=-1)
+        return lse - jnp.sum(jnp.where(hit, z, 0), axis=-1), (z, slope, hit, lse)
 
 
 def slice_grads(config, h, lm_head, y, scale):
     """(sum of the losses, d/dh (M, D), d/dlm_head (D, V) float32), the gradients times `scale`."""
-    losses, (t, hit, lse) = slice_losses(config, h, lm_head, y)
+    losses, (z, slope, hit, lse) = slice_losses(config, h, lm_head, y)
     with jax.named_scope("loss"):
-        dz = (jnp.exp(config.softcap * t - lse[:, None]) - hit) * (1 - t * t) * scale
+        dz = (jnp.exp(z - lse[:, None]) - hit) * slope * scale
         dz = dz.astype(h.dtype)
     with jax.named_scope("lm_head"):
         dh = jnp.einsum("mv,dv->md", dz, lm_head)
@@ -1152,20 +1188,23 @@ def load_checkpoint(path, config, mesh, model=GPT):
 
 # %% [markdown]
 # A run may go on with another learning rate, batch per device or machine, and says so. It may not go on with another
-# model or other batches: those fields are refused, with both values.
+# model or other batches: the config's `fixed` fields are refused, with both values.
+
 
 # %%
-FIXED = ("n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_len", "window_pattern", "softcap")
-FIXED += ("rope_base", "total_batch_size", "param_seed")
+def fixed_fields(config_class):
+    """Names of the fields that a run keeps from its first step to its last."""
+    return [field.name for field in dataclasses.fields(config_class) if field.metadata["fixed"]]
 
 
 def compare_with_checkpoint(path, config, made_from):
     """Says what is not as it was when the checkpoint was written; UserError for a field that may not change."""
     made_before = json.loads((Path(path) / "state.json").read_text())["made_from"]
     before, now = json.loads((Path(path) / "config.json").read_text()), dataclasses.asdict(config)
+    fixed = fixed_fields(config)
     for name in (name for name in now if now[name] != before.get(name)):
         remedy = f"{path} was made with {before.get(name)!r}; set that, or another name for a new run"
-        require(name not in FIXED, name, now[name], remedy)
+        require(name not in fixed, name, now[name], remedy)
         say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
     for name, value in made_from.items():
         if value != made_before.get(name):
@@ -1501,6 +1540,16 @@ PROMPTS = {
 
 
 # %%
+def train_run(run, config, hub_token=None, model=GPT):
+    """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer)."""
+    mirror = common.open_mirror(run, hub_token)
+    corpus = tok.get_corpus(run.data, run.num_shards)
+    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
+    prompts, run_dir = PROMPTS.get(corpus.name, PROMPTS["default"]), Path(run.out) / run.name
+    return train(config, corpus, tokenizer, run_dir, model=model, prompts=prompts, mirror=mirror), tokenizer
+
+
+# %%
 OVERRIDES = ""  # @param {type:"string"}
 
 if __name__ == "__main__":
@@ -1517,11 +1566,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     hub_token = common.read_secret("HF_TOKEN")
-    mirror = common.open_mirror(run, hub_token)
-    corpus = tok.get_corpus(run.data, run.num_shards)
-    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
-    prompts = PROMPTS.get(corpus.name, PROMPTS["default"])
-    result = train(config, corpus, tokenizer, Path(run.out) / run.name, prompts=prompts, mirror=mirror)
+    result, tokenizer = train_run(run, config, hub_token)
 
 # %% [markdown]
 # ## Look
@@ -1532,11 +1577,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    print(common.describe_result(result, config))
-    if common.in_notebook():
-        from IPython.display import Image, display
-
-        display(Image(filename=str(result.run_dir / "loss.png"), width=800))
+    common.show_result(result, config)
 
 # %% [markdown]
 # Where did the time go? The profile holds five steps, with every part of the model under the name that its scope gave

@@ -94,9 +94,9 @@ def keep_compiled():
 # Settings: dataclasses are the only list of what can be set
 
 
-def setting(default, help):
-    """A dataclass field with a default and the line that `--help` shows for it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default, help, fixed=False):
+    """A dataclass field with a default and the line that `--help` shows for it; fixed: a run never changes it."""
+    return dataclasses.field(default=default, metadata={"help": help, "fixed": fixed})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -491,12 +491,12 @@ def name_run(run, config):
     return f"{run.preset}-{Path(run.data).name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
 
 
-def choose(config_class, presets, overrides=""):
+def choose(config_class, presets, overrides="", run_class=Run):
     """(Run, config) with nothing left open: a preset by the device, then what the user set. Says what and why."""
     import jax
 
-    run, fields = parse_settings(Run, config_class, overrides=overrides)
-    run, device = Run(**run), jax.local_devices()[0]
+    run, fields = parse_settings(run_class, config_class, overrides=overrides)
+    run, device = run_class(**run), jax.local_devices()[0]
     topology = run.preflight not in ("", "here")
     preset = run.preset or ("chip" if topology else {"tpu": "chip", "cpu": "laptop"}.get(device.platform, "gpu"))
     require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
@@ -528,6 +528,15 @@ def describe_result(result, config):
     lines += [f"sample: {prompt!r} -> {text!r}" for prompt, text in result.samples]
     lines.append(f"left in {result.run_dir}: config.json, metrics.jsonl, loss.png, profile/, checkpoints/")
     return "\n".join(lines)
+
+
+def show_result(result, config):
+    """Prints what came out of a run and, in a notebook, shows its curve."""
+    print(describe_result(result, config))
+    if in_notebook():
+        from IPython.display import Image, display
+
+        display(Image(filename=str(result.run_dir / "loss.png"), width=800))
 
 
 def open_tensorboard(run_dir):

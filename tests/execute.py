@@ -7,11 +7,15 @@ import nbformat
 from nbclient import NotebookClient
 
 _MODEL = (
-    "--n_head 2 --n_kv_head 1 --head_dim 16 --aspect_ratio 16 --seq_len 64 --vocab_size 512 "
-    "--device_batch_size 2 --total_batch_size 256 --num_iterations 5"
+    "--n_head 2 --n_kv_head 1 --head_dim 16 --seq_len 64 --vocab_size 512 "
+    "--device_batch_size 2 --total_batch_size 256 --num_iterations 5 "
 )
 # The smallest run of each notebook that still passes through all of it.
-TINY = {"01_tokenizer": "--vocab_size 512", "02_train": _MODEL}
+TINY = {
+    "01_tokenizer": "--vocab_size 512",
+    "02_train": _MODEL + "--aspect_ratio 16",
+    "04_maxtext": _MODEL + "--n_embd 48 --n_layer 2 --mlp_dim 80 --tile 16",
+}
 
 
 def set_overrides(notebook, flags):

@@ -20,7 +20,7 @@ from execute import TINY, run_notebook, set_overrides
 NAMES = sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
 HUBS = ["01_tokenizer", "02_train"]
 # What a leaf such as 04 defines anew on purpose, to hand it to the hub's one training loop.
-INTERFACE = {"Config", "init_params", "backbone", "PRESETS"}
+INTERFACE = {"Config", "init_layer", "init_params", "backbone", "PRESETS"}
 # Names of the opening and the run cell: the same line on purpose.
 EVERYWHERE = {"REPOSITORY", "REF", "OVERRIDES", "open_notebook"}
 MAGICS = re.compile(r"%(load_ext tensorboard|tensorboard --logdir \S+|matplotlib inline)")
