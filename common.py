@@ -283,8 +283,61 @@ class NonFiniteLoss(UserError):
     """A loss or gradient that is no longer a number."""
 
 
+# Names in metrics.jsonl -> in TensorBoard, grouped by what stands before the slash: it opens two groups by itself.
+CHARTS = {
+    "loss": "loss/training, nats per token",
+    "val_loss": "loss/held out, nats per token",
+    "val_bpb": "loss/held out, bits per byte",
+    "lr": "step/learning rate",
+    "grad_norm": "step/gradient norm",
+    "tokens_per_second": "step/tokens per second",
+    "mfu": "step/MFU",
+}
+
+
+class EventFile:
+    """The rows of metrics.jsonl as TensorBoard's charts; does nothing where tensorboard cannot be imported.
+
+    Each start writes the whole history to a new file and removes the old one, so that a resumed run's curves have no
+    step twice: 0.6 s for 20,000 rows. Protocol buffers only; no TensorFlow is imported.
+    """
+
+    def __init__(self, folder, rows):
+        old = list(Path(folder).glob("events.out.tfevents.*"))
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except Exception:  # not installed, or not beside this protobuf: no charts are no reason not to train
+            self._writer = None
+            return
+        self._event, self._summary, self._time = Event, Summary, time.time()
+        # A reader that is at work keeps the old file open: only a new name tells it to start again.
+        self._writer = RecordWriter(open(Path(folder) / f"events.out.tfevents.{time.time_ns()}", "wb"))
+        for row in rows:
+            self.write(row)
+        for path in old:
+            path.unlink()
+
+    def write(self, row):
+        """Adds what CHARTS has a name for."""
+        if self._writer:
+            self._time = row.get("time", self._time)
+            values = [self._summary.Value(tag=CHARTS[k], simple_value=v) for k, v in row.items() if k in CHARTS]
+            event = self._event(wall_time=self._time, step=row["step"], summary=self._summary(value=values))
+            self._writer.write(event.SerializeToString())
+
+    def flush(self):
+        if self._writer:
+            self._writer.flush()
+
+    def close(self):
+        if self._writer:
+            self._writer.close()
+
+
 class RunLog:
-    """Metrics of a run: metrics.jsonl, the progress bar, and `on_log(row)` for whoever else listens.
+    """Metrics of a run: metrics.jsonl, TensorBoard's charts, the progress bar, and `on_log(row)` for anyone else.
 
     `add` takes a step's metrics while they are still on the device. They are fetched every `every` steps and one step
     late, so that the device always has a step queued while the host looks at the last.
@@ -298,6 +351,9 @@ class RunLog:
         with atomic_write(path) as part:
             part.write_text(self.text())
         self._file = open(path, "a")
+        with telling_full_disk(path):
+            self._events = EventFile(Path(path).parent, self.rows)
+            self._events.flush()
         self._pending, self._every, self._on_log = [], every, on_log
         self._tokens, self._peak = tokens_per_step, peak_rate
         self._bar = tqdm(total=steps, initial=first_step, unit="step", mininterval=1.0, dynamic_ncols=True)
@@ -345,6 +401,8 @@ class RunLog:
         with telling_full_disk(self._file.name):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+            self._events.write(row)
+            self._events.flush()
         if self._on_log:
             self._on_log(row)
 
@@ -369,8 +427,9 @@ class RunLog:
 
     def close(self):
         self._bar.close()
-        with contextlib.suppress(OSError):  # a row that a full disk did not take has been told already
-            self._file.close()
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # a row that a full disk did not take has been told already
+                file.close()
 
 
 class ProfileWindow:

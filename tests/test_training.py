@@ -1239,8 +1239,16 @@ def test_the_command_keeps_stderr_for_the_progress_bar(command_line_run):
 def test_the_command_leaves_the_promised_files(command_line_run):
     """One folder per run with what README lists and model/, which is what goes to the Hub; nothing half-written."""
     run_dir, _, _ = command_line_run
-    left = {path.name for path in run_dir.iterdir()}
-    assert left == {"config.json", "metrics.jsonl", "loss.png", "profile", "checkpoints", "model"}
+    left = {re.sub(r"(tfevents)\.\d+$", r"\1", path.name) for path in run_dir.iterdir()}
+    assert left == {
+        "events.out.tfevents",
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "profile",
+        "checkpoints",
+        "model",
+    }
     model = {path.name: path.read_bytes() for path in (run_dir / "model").iterdir()}
     assert set(model) == {"config.json", "loss.png", "params.safetensors", "tokenizer.json"}
     assert model["params.safetensors"] == (newest_checkpoint(run_dir) / "params.safetensors").read_bytes()
