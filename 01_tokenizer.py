@@ -115,7 +115,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
 
 import common
 from common import UserError, say, setting
@@ -402,7 +401,7 @@ def download_shards(names: list[str], directory: Path, revision: str) -> None:
         for name in names:
             sha256 = listed[name].lfs.sha256 if listed[name].lfs else None
             jobs.append(pool.submit(download_shard, name, directory, revision, sha256))
-        with tqdm(total=size, unit="B", unit_scale=True, desc="shards") as bar:
+        with common.progress_bar(total=size, unit="B", unit_scale=True, desc="shards") as bar:
             for job in concurrent.futures.as_completed(jobs):
                 bar.update(job.result())
     finally:
@@ -840,10 +839,7 @@ if __name__ == "__main__":
     say(show_compression(compression, samples))
     plot_compression(compression, samples, folder / "compression.png")
     say(f"picture: {folder / 'compression.png'}")
-    if common.in_notebook():
-        from IPython.display import Image, display
-
-        display(Image(filename=str(folder / "compression.png"), width=800))
+    common.show_picture(folder / "compression.png")
 
 # %% [markdown]
 # A look at the tokens themselves, and the bar that a model has to pass.

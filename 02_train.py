@@ -1344,6 +1344,7 @@ class Trainer:
             self.log.show(val=f"{bpb:.3f} bpb")
             self.log.write({"step": self.step, "val_loss": loss, "val_bpb": bpb})
             common.plot_losses(self.log.rows, self.held_out.gzip_bpb, self.run_dir / "loss.png")
+            common.show_picture(self.run_dir / "loss.png")
 
     def sample(self):
         """Lets the model go on from each prompt."""
@@ -1489,10 +1490,6 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     print(common.describe_result(result, config))
-    if common.in_notebook():
-        from IPython.display import Image, display
-
-        display(Image(filename=str(result.run_dir / "loss.png"), width=800))
 
 # %% [markdown]
 # Where did the time go? The profile holds five steps, with every part of the model under the name that its scope gave

@@ -345,8 +345,6 @@ class RunLog:
 
     def __init__(self, path, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10, rows=()):
         """peak_rate: tokens/s at the device's peak FLOPS, for MFU; None where that is not known."""
-        with warnings.catch_warnings(action="ignore"):  # a notebook without ipywidgets gets the plain bar
-            from tqdm.auto import tqdm
         self.rows = list(rows)  # those of the steps that a checkpoint holds; what the file has beyond is made again
         with atomic_write(path) as part:
             part.write_text(self.text())
@@ -356,7 +354,8 @@ class RunLog:
             self._events.flush()
         self._pending, self._every, self._on_log = [], every, on_log
         self._tokens, self._peak = tokens_per_step, peak_rate
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", mininterval=1.0, dynamic_ncols=True)
+        show_picture(None)  # its place is above the bar
+        self._bar = progress_bar(total=steps, initial=first_step, unit="step")
         self._shown, self._since = {}, None
 
     def add(self, step, metrics):
@@ -471,6 +470,31 @@ class ProfileWindow:
             self._on = False
 
 
+def progress_bar(**options):
+    """A tqdm bar that stays one line: in a terminal, in a notebook with or without ipywidgets, in a log file."""
+    with warnings.catch_warnings(action="ignore"):  # of ipywidgets that are not there: the plain bar will do
+        from tqdm.auto import tqdm
+
+    live = in_notebook() or sys.stderr.isatty()
+    pace = {"mininterval": 1.0 if live else 60.0, "maxinterval": 60.0}  # a log file keeps every bar, one a minute
+    # A plain bar in a notebook is one line only where other text goes to the same stream.
+    return tqdm(file=sys.stdout if in_notebook() else sys.stderr, dynamic_ncols=True, **pace, **options)
+
+
+def show_picture(path):
+    """Shows a PNG below the running cell of a notebook, in place of the last one; None keeps the place for one."""
+    if in_notebook():
+        from IPython import get_ipython
+        from IPython.display import HTML, Image, display
+
+        cell = f"onechip-{get_ipython().execution_count}"
+        display(Image(path, width=800) if path else HTML(), display_id=cell, update=cell in show_picture.cells)
+        show_picture.cells.add(cell)
+
+
+show_picture.cells = set()
+
+
 def plot_losses(rows, gzip_bpb, path):
     """Writes loss.png from rows of metrics.jsonl: training and held-out loss, and the learning rate below."""
     from matplotlib.figure import Figure
@@ -480,15 +504,17 @@ def plot_losses(rows, gzip_bpb, path):
     figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     above.plot(x, loss, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, every step")
-    if len(loss) >= 20:
+    span = max(20, len(loss) // 100)
+    if len(loss) >= span:
         sums = list(itertools.accumulate(loss, initial=0.0))
-        mean = [(b - a) / 20 for a, b in zip(sums, sums[20:], strict=False)]
-        above.plot(x[19:], mean, color="tab:blue", label="training, mean of 20 steps")
-    above.plot([row["step"] for row in evals], [row["val_loss"] for row in evals], "o-C1", label="held out")
+        mean = [(b - a) / span for a, b in zip(sums, sums[span:], strict=False)]
+        above.plot(x[span - 1 :], mean, color="tab:blue", label=f"training, mean of {span} steps")
+    dots = {"marker": "o", "markersize": 6 if len(evals) < 20 else 2}
+    above.plot([row["step"] for row in evals], [row["val_loss"] for row in evals], color="C1", label="held out", **dots)
     bits = f"{evals[-1]['val_bpb']:.3f} bits per byte held out; gzip -9 needs {gzip_bpb:.3f}" if evals else "training"
     above.set(title=bits, ylabel="loss, nats per token", yscale="log")
     for axis_format in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
-        axis_format("{x:.3g}")
+        axis_format("{x:.4g}")
     above.legend()
     above.grid(alpha=0.3, which="both")
     below.plot(x, [row["lr"] for row in steps], color="tab:green")

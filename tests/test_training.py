@@ -1230,8 +1230,12 @@ def test_the_command_says_what_it_decided_and_what_came_out(command_line_run):
 
 
 def test_the_command_keeps_stderr_for_the_progress_bar(command_line_run):
-    """No word of libtpu, no warning: only tqdm's bar, which ends at the last step and shows loss, lr and tok/s."""
+    """No word of libtpu, no warning: only tqdm's bar, which ends at the last step and shows loss, lr and tok/s.
+
+    A pipe or log file keeps every bar: there are two, the first and the last, in a run of less than a minute.
+    """
     _, _, err = command_line_run
+    assert err.count("step/s") == 2
     assert without_bars(err) == []
     assert "300/300" in err and all(name in err for name in ("loss=", "lr=", "tok/s="))
 
