@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -431,6 +432,18 @@ class RunLog:
                 file.close()
 
 
+@contextlib.contextmanager
+def without_tensorflow():
+    """Gives jaxlib 0.7's profiler an empty module in place of TensorFlow's, whose absence it complains of on stderr."""
+    names = {"tensorflow", "tensorflow.python.profiler.trace"} - set(sys.modules)
+    sys.modules |= {name: types.ModuleType(name) for name in names}
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
 class ProfileWindow:
     """Traces `count` steps from `first` into `folder`, for XProf; a run too short for that traces its last ones.
 
@@ -450,7 +463,8 @@ class ProfileWindow:
         if step == self._first:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's frames would be most of the file
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            with without_tensorflow():
+                jax.profiler.start_trace(self._folder, profiler_options=options)
             self._on = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
@@ -466,7 +480,8 @@ class ProfileWindow:
         import jax
 
         if self._on:
-            jax.profiler.stop_trace()
+            with without_tensorflow():
+                jax.profiler.stop_trace()
             self._on = False
 
 
@@ -615,12 +630,15 @@ def describe_result(result, config):
 
 def open_tensorboard(run_dir):
     """Shows TensorBoard below the cell on Colab; elsewhere says how to start it."""
-    if "google.colab" in sys.modules:
+    if "google.colab" not in sys.modules:
+        say(f"curves and profile: uv run tensorboard --logdir {run_dir}")
+        return
+    try:
         from tensorboard import notebook
-
-        notebook.start(f"--logdir {run_dir}")
-    else:
-        say(f"profile: uv run tensorboard --logdir {run_dir}")
+    except ImportError:  # pip could not install it, which the opening cell has said
+        say(f"curves and profile: there is no TensorBoard here; it can be shown {run_dir} on another machine")
+        return
+    notebook.start(f"--logdir {run_dir}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
