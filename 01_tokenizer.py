@@ -518,9 +518,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, pattern: str = SP
 
 # %% [markdown]
 # The file is `tokenizer.json`, in the format of the library that wrote it: no pickle, so it can be opened on any
-# machine and by `transformers`, and nothing in it can run. One switch is not part of the file: whether a special token
-# spelled out in plain text becomes the special id. It must not, or any web page could end a document; so
-# `load_tokenizer` sets it again.
+# machine, and nothing in it can run. One switch is not part of the file: whether a special token spelled out in plain
+# text becomes the special id. It must not, or any web page could end a document; so `load_tokenizer` sets it again, and
+# `tokenizer_config.json`, by which `transformers` loads the tokenizer, says the same.
 
 
 # %%
@@ -528,6 +528,15 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Writes tokenizer.json, whole or not at all."""
     with common.atomic_write(path) as part:
         part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json for `tokenizers`, and beside it what `transformers.AutoTokenizer` asks for."""
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL_TOKENS[0]}
+    settings |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}  # text stays text
+    with common.atomic_write(folder / "tokenizer_config.json") as part:
+        part.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -865,11 +874,12 @@ if __name__ == "__main__":
 def write_card(corpus: Corpus, vocab_size: int, table: str) -> str:
     """The README of the Hub repository: what this is, from which text, how well it compresses."""
     return (
-        "---\nlibrary_name: tokenizers\ntags:\n- bpe\n- onechip\n---\n"
+        "---\nlicense: mit\nlibrary_name: tokenizers\ntags:\n- bpe\n- onechip\n---\n"
         f"# A byte-level BPE of {vocab_size:,} tokens\n\n"
         f"Trained by onechip's `01_tokenizer` on `{corpus.name}` at revision `{corpus.revision}`, with nanochat's "
-        "split pattern and special tokens. Load it with `tokenizers.Tokenizer.from_file` and set "
-        "`encode_special_tokens = True` before encoding text that you did not write.\n\n"
+        "split pattern and special tokens. Load it with `transformers.AutoTokenizer.from_pretrained`, or with "
+        "`tokenizers.Tokenizer.from_file`, and then set `encode_special_tokens = True` before encoding text that you "
+        "did not write.\n\n![Bytes per token](compression.png)\n\n"
         f"```\n{table}\n```\n"
     )
 
@@ -880,5 +890,6 @@ if __name__ == "__main__":
         part.write_text(
             write_card(corpus, settings.vocab_size, show_compression(compression, samples)), encoding="utf-8"
         )
-    files = ["tokenizer.json", "README.md", "compression.png"]
+    export_tokenizer(tokenizer, folder)
+    files = ["tokenizer.json", "tokenizer_config.json", "README.md", "compression.png"]
     common.upload_folder(folder, files, hub_token, settings.hub_repo, "onechip-tokenizer")

@@ -1506,22 +1506,61 @@ if __name__ == "__main__":
 #
 # Colab's disk goes with its session, after a day at the latest and often after four hours. With a token (HF_TOKEN, in
 # the environment or as a Colab secret) checkpoints have gone to a private repository of your own on the Hub all along,
-# and a new machine goes on from there. What is left to add is a model that can be used: weights, config, tokenizer and
-# curve, in one commit.
+# and a new machine goes on from there. What is left to add is a model that a stranger can use: weights, config,
+# tokenizer, curve and a card with the five lines that load it, in one commit. Without a token the same folder stays
+# here, as `model/` in the run's.
 
 
 # %%
-def export_model(result, tokenizer):
-    """Collects weights, config, tokenizer and curve in run_dir/model, for the Hub or any other reader; returns it."""
+LOADING = """
+import importlib
+train = importlib.import_module("02_train")  # in a clone of {repository}
+config, params, tokenizer = train.load_model({source!r})
+[(prompt, text)] = train.make_sample_writer(config, tokenizer, [{prompt!r}])(params)
+print(prompt + text)
+"""
+
+
+def load_model(source, model=GPT, config_class=Config):
+    """(config, params, tokenizer) of what export_model left in a folder or a Hub repository; UserError if it is none.
+
+    A private repository asks for HF_TOKEN in the environment.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        fetch = lambda: common.load_hub().snapshot_download(source, ignore_patterns="checkpoints/*")
+        folder = Path(common.try_again(fetch, f"{source}: no folder, and cannot be downloaded"))
+    require((folder / "tokenizer.json").exists(), "model", source, "has no tokenizer.json: is its training complete?")
+    about = json.loads((folder / "config.json").read_text())
+    config = config_class(**about.get("config", about))  # a checkpoint's holds nothing else
+    make = lambda: split_trainable(model.init_params(config, jax.random.key(0)))
+    params = common.unflatten(jax.eval_shape(make)[0], load_file(folder / "params.safetensors"))
+    constants = jax.jit(lambda: make()[1])()
+    return config, merge_params(jax.device_put(params), constants), tok.load_tokenizer(folder / "tokenizer.json")
+
+
+# %%
+def export_model(result, tokenizer, source="", loading=LOADING, repository=REPOSITORY):
+    """Leaves in run_dir/model all that a stranger needs: weights, config, tokenizer, curve, card; returns the folder.
+
+    source: the Hub repository that it will be uploaded to, for the card; the folder itself if there is none.
+    """
     folder, checkpoint = result.run_dir / "model", common.newest_checkpoint(result.run_dir / "checkpoints")
     folder.mkdir(exist_ok=True)
-    for source in (checkpoint / "params.safetensors", *result.run_dir.glob("*.json"), *result.run_dir.glob("loss.png")):
-        with common.atomic_write(folder / source.name) as part:
-            shutil.copyfile(source, part)
-    tok.save_tokenizer(tokenizer, folder / "tokenizer.json")
+    about = result.run_dir / "config.json"
+    for path in (checkpoint / "params.safetensors", about, *result.run_dir.glob("loss.png")):
+        with common.atomic_write(folder / path.name) as part:
+            shutil.copyfile(path, part)
+    tok.export_tokenizer(tokenizer, folder)
+    size = sum(leaf.size for leaf in jax.tree.leaves(split_trainable(result.params)[0]))
+    prompt = result.samples[0][0] if result.samples else "The "
+    lines = loading.format(repository=repository, source=source or str(folder), prompt=prompt)
+    with common.atomic_write(folder / "README.md") as part:
+        part.write_text(common.model_card(result, json.loads(about.read_text()), size, lines), encoding="utf-8")
     return folder
 
 
+# %%
 if __name__ == "__main__":
-    folder = export_model(result, tokenizer)
+    folder = export_model(result, tokenizer, mirror.repo if mirror else "")
     common.upload_folder(folder, sorted(os.listdir(folder)), hub_token, run.hub_repo, f"onechip-{run.name}")

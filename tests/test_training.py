@@ -1252,10 +1252,22 @@ def test_the_command_leaves_the_promised_files(command_line_run):
         "model",
     }
     model = {path.name: path.read_bytes() for path in (run_dir / "model").iterdir()}
-    assert set(model) == {"config.json", "loss.png", "params.safetensors", "tokenizer.json"}
+    described = {"README.md", "config.json", "loss.png", "tokenizer.json", "tokenizer_config.json"}
+    assert set(model) == described | {"params.safetensors"}
     assert model["params.safetensors"] == (newest_checkpoint(run_dir) / "params.safetensors").read_bytes()
     assert not [path for path in run_dir.rglob("*") if path.name.endswith(".part") or path.name.startswith(".")]
     assert trace_files(run_dir) and len(read_rows(run_dir)) == 300 + 3
+
+
+def test_the_folder_for_the_hub_loads_again(command_line_run, tmp_path):
+    """Without a Hub: the model read back from run_dir/model writes what the run's own wrote, by the same seeds."""
+    run_dir, out, _ = command_line_run
+    config, params, tokenizer = train.load_model(run_dir / "model")
+    write = train.make_sample_writer(config, tokenizer, train.PROMPTS["stdlib"])
+    assert all(f"sample: {prompt!r} -> {text!r}" in out for prompt, text in write(params))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        train.load_model(tmp_path)
 
 
 def test_the_command_interrupted_goes_on_when_it_is_given_again(command_line_run, tmp_path):
