@@ -38,6 +38,7 @@
 REPOSITORY = "https://github.com/onechip/onechip"
 REF = "main"  # @param {type:"string"}
 # @markdown REF is the version of the sibling files: a branch, a tag or a full commit hash.
+# @markdown In a copy of yours that must stay as it is, name the commit that `config.json` of its runs tells.
 
 
 def open_notebook(repository, ref):
@@ -250,7 +251,8 @@ def read_documents(
 # stay where they are: as documents of their own they would be in the corpus twice.
 
 
-# %%
+# %% cellView="form"
+# @title The offline corpus
 OFFLINE_FORMAT = 1  # part of the folder's name: raise it when the code below would write other shards
 OFFLINE_SHARDS = 10  # of 1.1 MB; the last is held out
 OFFLINE_ROW_GROUP = 64
@@ -327,7 +329,8 @@ def offline_corpus(directory: Path | None = None) -> Corpus:
 # run asks the Hub nothing at all.
 
 
-# %%
+# %% cellView="form"
+# @title Downloads: several at a time, checked, whole or not at all
 FINEWEB_REPO = "karpathy/fineweb-edu-100b-shuffle"
 FINEWEB_REVISION = "4c8f30d6756da75362432a4d5569e1b229263b71"
 FINEWEB_LAST_SHARD = 1822  # held out
@@ -418,7 +421,8 @@ def download_shards(names: list[str], directory: Path, revision: str) -> None:
 # checksums and statistics, so a changed folder gets a tokenizer of its own.
 
 
-# %%
+# %% cellView="form"
+# @title Your own shards, and which corpus is meant
 def folder_corpus(path: Path | str) -> Corpus:
     """The parquet shards of a folder, the last one held out."""
     path = Path(path).expanduser()
@@ -672,7 +676,7 @@ def gzip_bits_per_byte(documents: Iterable[bytes]) -> float:
 # offline corpus takes about four seconds.
 
 # %%
-OVERRIDES = ""
+OVERRIDES = ""  # @param ["", "--data offline", "--data fineweb --num_shards 8"] {allow-input: true}
 
 if __name__ == "__main__":
     settings = choose_settings(OVERRIDES)
@@ -688,7 +692,8 @@ if __name__ == "__main__":
 # digits and symbols cost and is no sample of anybody's papers.
 
 
-# %%
+# %% cellView="form"
+# @title English, code and mathematics to compress
 def read_docstrings(sources: list[str]) -> list[str]:
     """The docstrings in Python sources, as plain English; sources that are cut within a statement are left out."""
     found = []
@@ -745,7 +750,8 @@ def held_out_samples(corpus: Corpus, max_documents: int = 1_000) -> dict[str, tu
 # and GPT-4 are shown as well, at 50,257 and 100,277 tokens: larger vocabularies, which buy part of their lead.
 
 
-# %%
+# %% cellView="form"
+# @title Tokenizers to compare with
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPACE_PATTERN = r"\s?\S+|\s+"
 
@@ -804,7 +810,8 @@ def measure_compression(counters: dict, samples: dict) -> dict[str, dict[str, fl
     return table
 
 
-# %%
+# %% cellView="form"
+# @title Table and picture
 def show_compression(table: dict[str, dict[str, float]], samples: dict) -> str:
     """The table as aligned text, higher is better, and where its columns come from."""
     width = max(map(len, table))
@@ -870,7 +877,8 @@ if __name__ == "__main__":
 # Colab's disk goes with its session; what is on the Hub stays.
 
 
-# %%
+# %% cellView="form"
+# @title The card
 def write_card(corpus: Corpus, vocab_size: int, table: str) -> str:
     """The README of the Hub repository: what this is, from which text, how well it compresses."""
     return (

@@ -35,6 +35,7 @@
 REPOSITORY = "https://github.com/onechip/onechip"
 REF = "main"  # @param {type:"string"}
 # @markdown REF is the version of the sibling files: a branch, a tag or a full commit hash.
+# @markdown In a copy of yours that must stay as it is, name the commit that `config.json` of its runs tells.
 
 
 def open_notebook(repository, ref):
@@ -201,7 +202,8 @@ class Config:
 # tokens, and JAX's TPU flash attention knows no windows. Better refused here than after a download of 5 GB.
 
 
-# %%
+# %% cellView="form"
+# @title Checks of a Config
 def check_config(config):
     """Raises UserError for the first field of a Config that cannot work."""
     c = config
@@ -294,7 +296,8 @@ def batches_from(stream, config):
 # goes wrong in it is raised in the training loop at the next batch, with the thread's own traceback.
 
 
-# %%
+# %% cellView="form"
+# @title The loader: a thread that works ahead
 class PrefetchDataLoader:
     """Iterates over (place(item), state) for the (item, state) pairs of `batches`, made ahead in a thread.
 
@@ -1063,7 +1066,8 @@ def generate(config, params, prompt, max_new_tokens, temperature=0.0, top_k=0, s
 # that first. So the files of a run that was killed and resumed are those of a run that was not.
 
 
-# %%
+# %% cellView="form"
+# @title Checkpoints, written and read
 def checkpoint_files(config, state, stream, notes, metrics=""):
     """A checkpoint's files, {name: bytes or arrays}, copied from the device: the state is donated to the next step."""
     shared = jax.default_backend() == "cpu"  # where NumPy would see the device's own memory
@@ -1109,7 +1113,8 @@ def load_checkpoint(path, config, mesh, model=GPT):
 # A run may go on with another learning rate, batch per device or machine, and says so. It may not go on with another
 # model or other batches: those fields are refused, with both values.
 
-# %%
+# %% cellView="form"
+# @title What may change when a run goes on, and what may not
 FIXED = ("n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_len", "window_pattern", "softcap")
 FIXED += ("rope_base", "total_batch_size", "param_seed")
 
@@ -1152,7 +1157,8 @@ def peak_rate(config, mesh, model=GPT):
     return peak and peak * mesh.size / flops_per_token(config, model)
 
 
-# %%
+# %% cellView="form"
+# @title The held-out score
 def make_evaluator(config, mesh, held_out, token_bytes, model=GPT):
     """A function of (trainable, constants) -> (mean loss in nats per token, bits per byte) on the held-out rows.
 
@@ -1185,7 +1191,8 @@ def make_evaluator(config, mesh, held_out, token_bytes, model=GPT):
     return evaluate
 
 
-# %%
+# %% cellView="form"
+# @title Where a run comes from, and its samples
 def check_tokenizer(config, tokenizer):
     """Raises UserError unless the tokenizer has exactly vocab_size tokens."""
     size = tokenizer.get_vocab_size()
@@ -1225,7 +1232,8 @@ def make_sample_writer(config, tokenizer, prompts, model=GPT):
 # done with both. State and position change hands together, so that whatever is saved belongs together.
 
 
-# %%
+# %% cellView="form"
+# @title A run between two steps
 class Result(NamedTuple):
     """What `train` returns. params is the trained pytree on the device; the losses are of the last evaluation."""
 
@@ -1467,7 +1475,7 @@ PROMPTS = {
 
 
 # %%
-OVERRIDES = ""  # @param {type:"string"}
+OVERRIDES = ""  # @param ["", "--preset laptop", "--n_head 6 --num_iterations 2000"] {allow-input: true}
 
 if __name__ == "__main__":
     common.keep_compiled()
@@ -1511,7 +1519,8 @@ if __name__ == "__main__":
 # here, as `model/` in the run's.
 
 
-# %%
+# %% cellView="form"
+# @title A model read back
 LOADING = """
 import importlib
 train = importlib.import_module("02_train")  # in a clone of {repository}
@@ -1539,7 +1548,8 @@ def load_model(source, model=GPT, config_class=Config):
     return config, merge_params(jax.device_put(params), constants), tok.load_tokenizer(folder / "tokenizer.json")
 
 
-# %%
+# %% cellView="form"
+# @title The folder for the Hub
 def export_model(result, tokenizer, source="", loading=LOADING, repository=REPOSITORY):
     """Leaves in run_dir/model all that a stranger needs: weights, config, tokenizer, curve, card; returns the folder.
 
@@ -1560,7 +1570,15 @@ def export_model(result, tokenizer, source="", loading=LOADING, repository=REPOS
     return folder
 
 
+# %% [markdown]
+# An idle machine costs as much as a busy one. With `GIVE_BACK` ticked before *Run all*, Colab's machine is given back
+# as soon as everything is on the Hub; without a token it stays, because its disk is then the only home of the model.
+
 # %%
+GIVE_BACK = False  # @param {type:"boolean"}
+
 if __name__ == "__main__":
     folder = export_model(result, tokenizer, mirror.repo if mirror else "")
-    common.upload_folder(folder, sorted(os.listdir(folder)), hub_token, run.hub_repo, f"onechip-{run.name}")
+    uploaded = common.upload_folder(folder, sorted(os.listdir(folder)), hub_token, run.hub_repo, f"onechip-{run.name}")
+    if GIVE_BACK:
+        common.give_back_machine(uploaded)

@@ -721,6 +721,18 @@ def open_tensorboard(run_dir):
     notebook.start(f"--logdir {run_dir}")
 
 
+def give_back_machine(uploaded):
+    """Ends Colab's session, and its cost with it; not while what was made is nowhere else (`uploaded` is empty)."""
+    if "google.colab" not in sys.modules:
+        return
+    if not uploaded:
+        say("machine: kept, as its disk is the only place where the model is")
+        return
+    from google.colab import runtime
+
+    runtime.unassign()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The Hub
 

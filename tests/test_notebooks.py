@@ -174,6 +174,26 @@ def test_magics_stand_alone(name):
             ast.parse(source)
 
 
+@each_notebook
+def test_what_is_collapsed_has_a_title_and_only_defines(name):
+    """Colab shows a collapsed cell by its title alone: nothing that runs, and nothing to fill in, hides in one."""
+    for cell in read_ipynb(name).cells[1:]:
+        titled = cell.source.startswith("# @title ")
+        assert titled == (cell.metadata.get("cellView") == "form"), cell.source[:60]
+        if titled and "def open_notebook" not in cell.source:
+            assert "__main__" not in cell.source and "@param" not in cell.source
+
+
+@each_notebook
+def test_forms_are_lines_that_colab_reads(name):
+    """A field is an assignment of a plain value with its kind behind it; a typing error there shows no field."""
+    kind = r'(\{type:"(string|boolean)"\}|\[("[^"]*"(, )?)+\] \{allow-input: true\})'
+    fields = [line for source in code_cells(name) for line in source.splitlines() if "@param" in line]
+    assert any(line.startswith("REF = ") for line in fields) and any(line.startswith("OVERRIDES = ") for line in fields)
+    for line in fields:
+        assert re.fullmatch(rf'[A-Z_]+ = ("[^"]*"|True|False)  # @param {kind}', line), line
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Imports and definitions
 
