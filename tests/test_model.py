@@ -218,6 +218,13 @@ def test_attention_reference_gradients_match_finite_differences():
         assert (high - low) / (2 * step) == pytest.approx((grad * change).sum(), rel=1e-6)
 
 
+def test_every_attention_has_its_cases_and_its_word_in_the_help():
+    """One that is added to the table is held to the reference, and --help knows it."""
+    assert {impl for impl, *_ in ATTENTION_CASES} == set(train.ATTENTIONS)
+    [field] = [field for field in dataclasses.fields(train.Config) if field.name == "attn_impl"]
+    assert all(name in field.metadata["help"] for name in train.ATTENTIONS)
+
+
 @pytest.mark.parametrize("impl, heads, window", ATTENTION_CASES)
 def test_attention_equals_the_reference_in_value_and_gradient(impl, heads, window):
     """Four attentions are one function, to 2e-6 in value and 5e-6 in gradients, relative to each array's largest."""
