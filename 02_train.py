@@ -1568,16 +1568,18 @@ def export_model(result, tokenizer, source="", loading=LOADING, repository=REPOS
     """
     folder, checkpoint = result.run_dir / "model", common.newest_checkpoint(result.run_dir / "checkpoints")
     folder.mkdir(exist_ok=True)
-    about = result.run_dir / "config.json"
-    for path in (checkpoint / "params.safetensors", about, *result.run_dir.glob("loss.png")):
+    about = json.loads((result.run_dir / "config.json").read_text())
+    described = (result.run_dir / name for name in ("config.json", "loss.png"))
+    for path in (checkpoint / "params.safetensors", *filter(Path.exists, described)):
         with common.atomic_write(folder / path.name) as part:
             shutil.copyfile(path, part)
     tok.export_tokenizer(tokenizer, folder)
     size = sum(leaf.size for leaf in jax.tree.leaves(split_trainable(result.params)[0]))
     prompt = result.samples[0][0] if result.samples else "The "
     lines = loading.format(repository=repository, source=source or str(folder), prompt=prompt)
+    dataset = tok.FINEWEB_REPO if about["data"]["name"] == "fineweb-edu" else ""
     with common.atomic_write(folder / "README.md") as part:
-        part.write_text(common.model_card(result, json.loads(about.read_text()), size, lines), encoding="utf-8")
+        part.write_text(common.model_card(result, about, size, lines, dataset), encoding="utf-8")
     return folder
 
 

@@ -628,11 +628,11 @@ def describe_result(result, config):
     return "\n".join(lines)
 
 
-def model_card(result, about, parameters, loading):
+def model_card(result, about, parameters, loading, dataset=""):
     """README.md of a model's repository: what it is, how good, from what, and how to load it.
 
     about: the run's config.json as a dict; loading: lines of Python that sample from the model, which must run as they
-    stand in a clone of the repository.
+    stand in a clone of the repository; dataset: the Hub's name of what it was trained on, if it has one.
     """
     config, data, commit = about["config"], about["data"], about["commit"] or "unknown"
     batch, source = config["total_batch_size"] * config["seq_len"], f"{data['name']} at revision `{data['revision']}`"
@@ -652,7 +652,7 @@ def model_card(result, about, parameters, loading):
     samples = "\n".join(f"{prompt!r} -> {text!r}" for prompt, text in result.samples)
     return MODEL_CARD.format(
         name=result.run_dir.name,
-        datasets="datasets:\n- karpathy/fineweb-edu-100b-shuffle\n" if data["name"] == "fineweb-edu" else "",
+        datasets=f"datasets:\n- {dataset}\n" if dataset else "",
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         loading=loading.strip(),
         samples=samples or "none were taken",
@@ -718,7 +718,7 @@ def open_tensorboard(run_dir):
     except ImportError:  # pip could not install it, which the opening cell has said
         say(f"curves and profile: there is no TensorBoard here; it can be shown {run_dir} on another machine")
         return
-    notebook.start(f"--logdir {run_dir}")
+    notebook.start(f"--logdir {shlex.quote(str(run_dir))}")
 
 
 def give_back_machine(uploaded):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,10 @@ import pytest
 from conftest import ROOT
 from hub import Hub
 
+import common
+
 tok = importlib.import_module("01_tokenizer")
+train = importlib.import_module("02_train")
 
 TOKEN = "hf_secret_word"
 SMALL = (
@@ -52,6 +56,16 @@ def test_the_card_says_what_it_is(uploaded):
         assert said in text
     assert "(loss.png)" in text and (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert '"n_head": 2' in text and TOKEN not in text
+
+
+def test_a_card_names_its_dataset_and_does_not_need_a_score(uploaded):
+    """FineWeb-Edu is a dataset that the Hub knows; a run stopped before its first evaluation has no score."""
+    _, folder = uploaded
+    result = train.Result({}, 3, None, None, 2.4, [], folder)
+    about = json.loads((folder / "config.json").read_text()) | {"commit": None}
+    text = common.model_card(result, about, 5, "pass", tok.FINEWEB_REPO)
+    assert huggingface_hub.ModelCard(text).data.datasets == [tok.FINEWEB_REPO]
+    assert "| held-out text | not taken yet |" in text and "commit unknown" in text
 
 
 def test_the_lines_of_the_card_run(uploaded, tmp_path):

@@ -126,7 +126,7 @@ def board(tiny_run):
         process = subprocess.Popen([*map(str, command), *options], stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_for(lambda: ask(address, "runs") == ["."], 60)
+        wait_for(lambda: ask(address, "runs") == ["."])
         yield address
     finally:
         process.terminate()
@@ -141,7 +141,7 @@ def ask(address, path, **query):
         return json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
 
 
-def wait_for(condition, seconds=40.0):
+def wait_for(condition, seconds=120.0):
     """Polls until `condition()` is true, and returns what it gave."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -181,7 +181,7 @@ def look(browser, script, frames=0):
     with contextlib.suppress(WebDriverException):
         browser.switch_to.default_content()
         for _ in range(frames):
-            browser.switch_to.frame(browser.find_elements("tag name", "iframe")[0])
+            browser.switch_to.frame(browser.find_element("tag name", "iframe"))
         return browser.execute_script(script)
 
 
