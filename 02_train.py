@@ -430,7 +430,7 @@ def init_params(config, key):
         "wte": jax.random.normal(embed, (config.vocab_size, config.n_embd)),
         "lm_head": 0.001 * jax.random.normal(head, (config.n_embd, config.vocab_size)),
         "resid_lambdas": jnp.ones(config.n_layer),
-        "x0_lambdas": jnp.full(config.n_layer, 0.1),
+        "x0_lambdas": jnp.full(config.n_layer, 0.1, jnp.float32),
         "layers": [init_layer(config, key) for key in layers],
         "rope": rope_tables(config),
     }

@@ -743,6 +743,15 @@ def test_the_old_state_is_donated_and_nothing_else_is():
     make_step(STEP)(new, constants, x, y)  # and the step goes on from there
 
 
+def test_the_second_step_is_the_program_of_the_first():
+    """A weakly typed leaf, such as that of jnp.full(n, 0.1), comes back strong: another program, compiled once more."""
+    init = functools.partial(train.new_state, STEP, train.GPT)
+    before, constants = jax.eval_shape(init, jax.random.key(0))
+    after, _ = jax.eval_shape(train.make_train_step(STEP), before, constants, *random_batch(STEP))
+    kinds = lambda state: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), state)
+    assert kinds(after) == kinds(before)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
     """Three steps twice: parameters and losses equal to the last bit, so that a run can be repeated."""
     (first, losses, _), (second, again, _) = run_steps(STEP, 3), run_steps(STEP, 3)
