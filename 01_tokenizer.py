@@ -38,6 +38,7 @@
 REPOSITORY = "https://github.com/onechip/onechip"
 REF = "main"  # @param {type:"string"}
 # @markdown REF is the version of the sibling files: a branch, a tag or a full commit hash.
+# @markdown In a copy of yours that must stay as it is, name the commit that `config.json` of its runs tells.
 
 
 def open_notebook(repository, ref):
@@ -115,7 +116,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
 
 import common
 from common import UserError, say, setting
@@ -251,7 +251,8 @@ def read_documents(
 # stay where they are: as documents of their own they would be in the corpus twice.
 
 
-# %%
+# %% cellView="form"
+# @title The offline corpus
 OFFLINE_FORMAT = 1  # part of the folder's name: raise it when the code below would write other shards
 OFFLINE_SHARDS = 10  # of 1.1 MB; the last is held out
 OFFLINE_ROW_GROUP = 64
@@ -328,7 +329,8 @@ def offline_corpus(directory: Path | None = None) -> Corpus:
 # run asks the Hub nothing at all.
 
 
-# %%
+# %% cellView="form"
+# @title Downloads: several at a time, checked, whole or not at all
 FINEWEB_REPO = "karpathy/fineweb-edu-100b-shuffle"
 FINEWEB_REVISION = "4c8f30d6756da75362432a4d5569e1b229263b71"
 FINEWEB_LAST_SHARD = 1822  # held out
@@ -402,7 +404,7 @@ def download_shards(names: list[str], directory: Path, revision: str) -> None:
         for name in names:
             sha256 = listed[name].lfs.sha256 if listed[name].lfs else None
             jobs.append(pool.submit(download_shard, name, directory, revision, sha256))
-        with tqdm(total=size, unit="B", unit_scale=True, desc="shards") as bar:
+        with common.progress_bar(total=size, unit="B", unit_scale=True, desc="shards") as bar:
             for job in concurrent.futures.as_completed(jobs):
                 bar.update(job.result())
     finally:
@@ -419,7 +421,8 @@ def download_shards(names: list[str], directory: Path, revision: str) -> None:
 # checksums and statistics, so a changed folder gets a tokenizer of its own.
 
 
-# %%
+# %% cellView="form"
+# @title Your own shards, and which corpus is meant
 def folder_corpus(path: Path | str) -> Corpus:
     """The parquet shards of a folder, the last one held out."""
     path = Path(path).expanduser()
@@ -519,9 +522,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, pattern: str = SP
 
 # %% [markdown]
 # The file is `tokenizer.json`, in the format of the library that wrote it: no pickle, so it can be opened on any
-# machine and by `transformers`, and nothing in it can run. One switch is not part of the file: whether a special token
-# spelled out in plain text becomes the special id. It must not, or any web page could end a document; so
-# `load_tokenizer` sets it again.
+# machine, and nothing in it can run. One switch is not part of the file: whether a special token spelled out in plain
+# text becomes the special id. It must not, or any web page could end a document; so `load_tokenizer` sets it again, and
+# `tokenizer_config.json`, by which `transformers` loads the tokenizer, says the same.
 
 
 # %%
@@ -529,6 +532,15 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Writes tokenizer.json, whole or not at all."""
     with common.atomic_write(path) as part:
         part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json for `tokenizers`, and beside it what `transformers.AutoTokenizer` asks for."""
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL_TOKENS[0]}
+    settings |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}  # text stays text
+    with common.atomic_write(folder / "tokenizer_config.json") as part:
+        part.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -664,7 +676,7 @@ def gzip_bits_per_byte(documents: Iterable[bytes]) -> float:
 # offline corpus takes about four seconds.
 
 # %%
-OVERRIDES = ""
+OVERRIDES = ""  # @param ["", "--data offline", "--data fineweb --num_shards 8"] {allow-input: true}
 
 if __name__ == "__main__":
     settings = choose_settings(OVERRIDES)
@@ -680,7 +692,8 @@ if __name__ == "__main__":
 # digits and symbols cost and is no sample of anybody's papers.
 
 
-# %%
+# %% cellView="form"
+# @title English, code and mathematics to compress
 def read_docstrings(sources: list[str]) -> list[str]:
     """The docstrings in Python sources, as plain English; sources that are cut within a statement are left out."""
     found = []
@@ -737,7 +750,8 @@ def held_out_samples(corpus: Corpus, max_documents: int = 1_000) -> dict[str, tu
 # and GPT-4 are shown as well, at 50,257 and 100,277 tokens: larger vocabularies, which buy part of their lead.
 
 
-# %%
+# %% cellView="form"
+# @title Tokenizers to compare with
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPACE_PATTERN = r"\s?\S+|\s+"
 
@@ -796,7 +810,8 @@ def measure_compression(counters: dict, samples: dict) -> dict[str, dict[str, fl
     return table
 
 
-# %%
+# %% cellView="form"
+# @title Table and picture
 def show_compression(table: dict[str, dict[str, float]], samples: dict) -> str:
     """The table as aligned text, higher is better, and where its columns come from."""
     width = max(map(len, table))
@@ -840,10 +855,7 @@ if __name__ == "__main__":
     say(show_compression(compression, samples))
     plot_compression(compression, samples, folder / "compression.png")
     say(f"picture: {folder / 'compression.png'}")
-    if common.in_notebook():
-        from IPython.display import Image, display
-
-        display(Image(filename=str(folder / "compression.png"), width=800))
+    common.show_picture(folder / "compression.png")
 
 # %% [markdown]
 # A look at the tokens themselves, and the bar that a model has to pass.
@@ -865,15 +877,17 @@ if __name__ == "__main__":
 # Colab's disk goes with its session; what is on the Hub stays.
 
 
-# %%
+# %% cellView="form"
+# @title The card
 def write_card(corpus: Corpus, vocab_size: int, table: str) -> str:
     """The README of the Hub repository: what this is, from which text, how well it compresses."""
     return (
-        "---\nlibrary_name: tokenizers\ntags:\n- bpe\n- onechip\n---\n"
+        "---\nlicense: mit\nlibrary_name: tokenizers\ntags:\n- bpe\n- onechip\n---\n"
         f"# A byte-level BPE of {vocab_size:,} tokens\n\n"
         f"Trained by onechip's `01_tokenizer` on `{corpus.name}` at revision `{corpus.revision}`, with nanochat's "
-        "split pattern and special tokens. Load it with `tokenizers.Tokenizer.from_file` and set "
-        "`encode_special_tokens = True` before encoding text that you did not write.\n\n"
+        "split pattern and special tokens. Load it with `transformers.AutoTokenizer.from_pretrained`, or with "
+        "`tokenizers.Tokenizer.from_file`, and then set `encode_special_tokens = True` before encoding text that you "
+        "did not write.\n\n![Bytes per token](compression.png)\n\n"
         f"```\n{table}\n```\n"
     )
 
@@ -884,5 +898,6 @@ if __name__ == "__main__":
         part.write_text(
             write_card(corpus, settings.vocab_size, show_compression(compression, samples)), encoding="utf-8"
         )
-    files = ["tokenizer.json", "README.md", "compression.png"]
+    export_tokenizer(tokenizer, folder)
+    files = ["tokenizer.json", "tokenizer_config.json", "README.md", "compression.png"]
     common.upload_folder(folder, files, hub_token, settings.hub_repo, "onechip-tokenizer")

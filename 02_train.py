@@ -35,6 +35,7 @@
 REPOSITORY = "https://github.com/onechip/onechip"
 REF = "main"  # @param {type:"string"}
 # @markdown REF is the version of the sibling files: a branch, a tag or a full commit hash.
+# @markdown In a copy of yours that must stay as it is, name the commit that `config.json` of its runs tells.
 
 
 def open_notebook(repository, ref):
@@ -220,7 +221,8 @@ class Config(TrainConfig):
 # and ours holds a whole head in VMEM, 4096 tokens at 128 channels. Better refused here than after a download of 5 GB.
 
 
-# %%
+# %% cellView="form"
+# @title Checks of a Config
 def check_config(config):
     """Raises UserError for the first field of a Config that cannot work."""
     c = config
@@ -318,7 +320,8 @@ def batches_from(stream, config):
 # goes wrong in it is raised in the training loop at the next batch, with the thread's own traceback.
 
 
-# %%
+# %% cellView="form"
+# @title The loader: a thread that works ahead
 class PrefetchDataLoader:
     """Iterates over (place(item), state) for the (item, state) pairs of `batches`, made ahead in a thread.
 
@@ -451,7 +454,7 @@ def init_params(config, key):
         "wte": jax.random.normal(embed, (config.vocab_size, config.n_embd)),
         "lm_head": 0.001 * jax.random.normal(head, (config.n_embd, config.vocab_size)),
         "resid_lambdas": jnp.ones(config.n_layer),
-        "x0_lambdas": jnp.full(config.n_layer, 0.1),
+        "x0_lambdas": jnp.full(config.n_layer, 0.1, jnp.float32),
         "layers": [init_layer(config, key) for key in layers],
         "rope": rope_tables(config),
     }
@@ -694,8 +697,12 @@ GPT = Model(init_params, backbone)
 #
 # A multiplication by a weight costs 2 FLOPs forward and 4 backward, so 6 per parameter and token; the embedding is a
 # lookup and costs none. Attention adds 12 per channel and key that a query really sees: on average (T + 1) / 2 in a
-# causal layer, three eighths of T in an S layer. Many published MFU figures count all T keys, which at the default
-# size is 15 % more; both are printed.
+# causal layer, three eighths of T in an S layer.
+#
+# MFU, model FLOPs utilization, is the share of the chip's peak that goes into these FLOPs and nothing else: what is
+# computed twice, moved or waited for does not count. A v6e can do 918e12 a second and a token of the default model
+# costs 1.57e9, so 100 % would be 584 thousand tokens a second. Many published figures count all T keys, which at the
+# default size makes 15 % more of the same speed; both FLOPs are printed, the progress bar shows the smaller MFU.
 
 
 # %%
@@ -734,8 +741,9 @@ def describe_model(config, model=GPT):
 # %% [markdown]
 # ## Loss and optimizer
 #
-# Logits are soft-capped, 15 tanh(z / 15), in float32: the cap keeps one confident token from dominating a batch, and
-# bounds exp() so well that the usual subtraction of the maximum can be left out. With `softcap` 0 it cannot.
+# Logits are soft-capped, 15 tanh(z / 15), in float32. That bounds what a confident mistake can cost, 30 + log(V) or 40
+# nats, so that no single token dominates a batch. It bounds exp() as well: 32,768 times e^15 is 1e11, far inside
+# float32, and the usual subtraction of the maximum, a pass over all logits, can be left out; without a cap it cannot.
 #
 # Logits are also the largest thing in training: 8,192 tokens by 32,768 words in float32 are 1 GiB, and autodiff would
 # keep several of that size. Here the gradient is formed where the logits are, slice by slice in the forward pass, so
@@ -875,6 +883,11 @@ def global_norm(tree):
 # Parameters and moments are donated, so the new ones take the old ones' memory: 3.2 GB at the default size that would
 # otherwise exist twice. Each device runs the same code on its share of the batch (`shard_map` over a mesh of one axis)
 # and the gradients meet once a step, not once a microbatch. One chip is the mesh of one.
+#
+# Why microbatches of four, when memory would hold sixteen? A v6e keeps 128 MiB on the chip. The widest activation of
+# four sequences, 4 x 2048 x 4096 in bfloat16, is 64 MiB and stays there; that of sixteen goes out to HBM and back. The
+# same batch of 64 as 16 x 4 reached 48.3 % MFU on a v6e where 4 x 16 reached 42.6 (the ancestor's timings, all T keys
+# counted).
 
 
 # %%
@@ -1144,7 +1157,8 @@ def generate(config, params, prompt, max_new_tokens, temperature=0.0, top_k=0, s
 # that first. So the files of a run that was killed and resumed are those of a run that was not.
 
 
-# %%
+# %% cellView="form"
+# @title Checkpoints, written and read
 def checkpoint_files(config, state, stream, notes, metrics=""):
     """A checkpoint's files, {name: bytes or arrays}, copied from the device: the state is donated to the next step."""
     shared = jax.default_backend() == "cpu"  # where NumPy would see the device's own memory
@@ -1191,7 +1205,8 @@ def load_checkpoint(path, config, mesh, model=GPT):
 # model or other batches: the config's `fixed` fields are refused, with both values.
 
 
-# %%
+# %% cellView="form"
+# @title What may change when a run goes on, and what may not
 def fixed_fields(config_class):
     """Names of the fields that a run keeps from its first step to its last."""
     return [field.name for field in dataclasses.fields(config_class) if field.metadata["fixed"]]
@@ -1226,7 +1241,8 @@ def peak_rate(config, mesh, model=GPT):
     return device and device.peak_flops * mesh.size / flops_per_token(config, model)
 
 
-# %%
+# %% cellView="form"
+# @title The held-out score
 def make_evaluator(config, mesh, held_out, token_bytes, model=GPT):
     """A function of (trainable, constants) -> (mean loss in nats per token, bits per byte) on the held-out rows.
 
@@ -1259,7 +1275,8 @@ def make_evaluator(config, mesh, held_out, token_bytes, model=GPT):
     return evaluate
 
 
-# %%
+# %% cellView="form"
+# @title Where a run comes from, and its samples
 def check_tokenizer(config, tokenizer):
     """Raises UserError unless the tokenizer has exactly vocab_size tokens."""
     size = tokenizer.get_vocab_size()
@@ -1299,7 +1316,8 @@ def make_sample_writer(config, tokenizer, prompts, model=GPT):
 # done with both. State and position change hands together, so that whatever is saved belongs together.
 
 
-# %%
+# %% cellView="form"
+# @title A run between two steps
 class Result(NamedTuple):
     """What `train` returns. params is the trained pytree on the device; the losses are of the last evaluation."""
 
@@ -1418,6 +1436,7 @@ class Trainer:
             self.log.show(val=f"{bpb:.3f} bpb")
             self.log.write({"step": self.step, "val_loss": loss, "val_bpb": bpb})
             common.plot_losses(self.log.rows, self.held_out.gzip_bpb, self.run_dir / "loss.png")
+            common.show_picture(self.run_dir / "loss.png")
 
     def sample(self):
         """Lets the model go on from each prompt."""
@@ -1541,16 +1560,16 @@ PROMPTS = {
 
 # %%
 def train_run(run, config, hub_token=None, model=GPT):
-    """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer)."""
+    """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer, mirror)."""
     mirror = common.open_mirror(run, hub_token)
     corpus = tok.get_corpus(run.data, run.num_shards)
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
     prompts, run_dir = PROMPTS.get(corpus.name, PROMPTS["default"]), Path(run.out) / run.name
-    return train(config, corpus, tokenizer, run_dir, model=model, prompts=prompts, mirror=mirror), tokenizer
+    return train(config, corpus, tokenizer, run_dir, model=model, prompts=prompts, mirror=mirror), tokenizer, mirror
 
 
 # %%
-OVERRIDES = ""  # @param {type:"string"}
+OVERRIDES = ""  # @param ["", "--preset laptop", "--n_head 6 --num_iterations 2000"] {allow-input: true}
 
 if __name__ == "__main__":
     common.keep_compiled()
@@ -1559,14 +1578,14 @@ if __name__ == "__main__":
     look_before(config, run.preflight)
 
 # %% [markdown]
-# Nothing has been downloaded yet, and a config that does not fit has been refused. From here on it takes as long as it
-# takes; the step is compiled already.
+# Nothing has been downloaded yet, and a config that does not fit has been refused. The curve below grows with every
+# evaluation.
 
 
 # %%
 if __name__ == "__main__":
     hub_token = common.read_secret("HF_TOKEN")
-    result, tokenizer = train_run(run, config, hub_token)
+    result, tokenizer, mirror = train_run(run, config, hub_token)
 
 # %% [markdown]
 # ## Look
@@ -1577,12 +1596,13 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    common.show_result(result, config)
+    print(common.describe_result(result, config))
 
 # %% [markdown]
-# Where did the time go? The profile holds five steps, with every part of the model under the name that its scope gave
-# it: `layer_3/attention`, `lm_head`, `optimizer`. On a laptop: `uv run tensorboard --logdir runs`, then the tab
-# Profile. The tab stays blank where third-party cookies are blocked; the folder can be downloaded and looked at there.
+# Where did the time go? TensorBoard has the curves of the run and, in its tab Profile, a trace of five steps. On a TPU
+# or GPU every operation stands there under the name that its scope gave it: `layer_3/attention`, `lm_head`,
+# `optimizer`. On a laptop: `uv run tensorboard --logdir runs`. What to look for is in README. The frame below stays
+# blank where third-party cookies are blocked; the folder can be downloaded and looked at elsewhere.
 
 
 # %%
@@ -1594,22 +1614,73 @@ if __name__ == "__main__":
 #
 # Colab's disk goes with its session, after a day at the latest and often after four hours. With a token (HF_TOKEN, in
 # the environment or as a Colab secret) checkpoints have gone to a private repository of your own on the Hub all along,
-# and a new machine goes on from there. What is left to add is a model that can be used: weights, config, tokenizer and
-# curve, in one commit.
+# and a new machine goes on from there. What is left to add is a model that a stranger can use: weights, config,
+# tokenizer, curve and a card with the five lines that load it, in one commit. Without a token the same folder stays
+# here, as `model/` in the run's.
 
 
-# %%
-def export_model(result, tokenizer):
-    """Collects weights, config, tokenizer and curve in run_dir/model, for the Hub or any other reader; returns it."""
+# %% cellView="form"
+# @title A model read back
+LOADING = """
+import importlib
+train = importlib.import_module("02_train")  # in a clone of {repository}
+config, params, tokenizer = train.load_model({source!r})
+[(prompt, text)] = train.make_sample_writer(config, tokenizer, [{prompt!r}])(params)
+print(prompt + text)
+"""
+
+
+def load_model(source, model=GPT, config_class=Config):
+    """(config, params, tokenizer) of what export_model left in a folder or a Hub repository; UserError if it is none.
+
+    A private repository asks for HF_TOKEN in the environment.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        fetch = lambda: common.load_hub().snapshot_download(source, ignore_patterns="checkpoints/*")
+        folder = Path(common.try_again(fetch, f"{source}: no folder, and cannot be downloaded"))
+    require((folder / "tokenizer.json").exists(), "model", source, "has no tokenizer.json: is its training complete?")
+    about = json.loads((folder / "config.json").read_text())
+    config = config_class(**about.get("config", about))  # a checkpoint's holds nothing else
+    make = lambda: split_trainable(model.init_params(config, jax.random.key(0)))
+    params = common.unflatten(jax.eval_shape(make)[0], load_file(folder / "params.safetensors"))
+    constants = jax.jit(lambda: make()[1])()
+    return config, merge_params(jax.device_put(params), constants), tok.load_tokenizer(folder / "tokenizer.json")
+
+
+# %% cellView="form"
+# @title The folder for the Hub
+def export_model(result, tokenizer, source="", loading=LOADING, repository=REPOSITORY):
+    """Leaves in run_dir/model all that a stranger needs: weights, config, tokenizer, curve, card; returns the folder.
+
+    source: the Hub repository that it will be uploaded to, for the card; the folder itself if there is none.
+    """
     folder, checkpoint = result.run_dir / "model", common.newest_checkpoint(result.run_dir / "checkpoints")
     folder.mkdir(exist_ok=True)
-    for source in (checkpoint / "params.safetensors", *result.run_dir.glob("*.json"), *result.run_dir.glob("loss.png")):
-        with common.atomic_write(folder / source.name) as part:
-            shutil.copyfile(source, part)
-    tok.save_tokenizer(tokenizer, folder / "tokenizer.json")
+    about = json.loads((result.run_dir / "config.json").read_text())
+    described = (result.run_dir / name for name in ("config.json", "loss.png"))
+    for path in (checkpoint / "params.safetensors", *filter(Path.exists, described)):
+        with common.atomic_write(folder / path.name) as part:
+            shutil.copyfile(path, part)
+    tok.export_tokenizer(tokenizer, folder)
+    size = sum(leaf.size for leaf in jax.tree.leaves(split_trainable(result.params)[0]))
+    prompt = result.samples[0][0] if result.samples else "The "
+    lines = loading.format(repository=repository, source=source or str(folder), prompt=prompt)
+    dataset = tok.FINEWEB_REPO if about["data"]["name"] == "fineweb-edu" else ""
+    with common.atomic_write(folder / "README.md") as part:
+        part.write_text(common.model_card(result, about, size, lines, dataset), encoding="utf-8")
     return folder
 
 
+# %% [markdown]
+# An idle machine costs as much as a busy one. With `GIVE_BACK` ticked before *Run all*, Colab's machine is given back
+# as soon as everything is on the Hub; without a token it stays, because its disk is then the only home of the model.
+
+# %%
+GIVE_BACK = False  # @param {type:"boolean"}
+
 if __name__ == "__main__":
-    folder = export_model(result, tokenizer)
-    common.upload_folder(folder, sorted(os.listdir(folder)), hub_token, run.hub_repo, f"onechip-{run.name}")
+    folder = export_model(result, tokenizer, mirror.repo if mirror else "")
+    uploaded = common.upload_folder(folder, sorted(os.listdir(folder)), hub_token, run.hub_repo, f"onechip-{run.name}")
+    if GIVE_BACK:
+        common.give_back_machine(uploaded)

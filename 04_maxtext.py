@@ -35,6 +35,7 @@
 REPOSITORY = "https://github.com/onechip/onechip"
 REF = "main"  # @param {type:"string"}
 # @markdown REF is the version of the sibling files: a branch, a tag or a full commit hash.
+# @markdown In a copy of yours that must stay as it is, name the commit that `config.json` of its runs tells.
 
 
 def open_notebook(repository, ref):
@@ -289,7 +290,7 @@ PRESETS = {
 
 
 # %%
-OVERRIDES = ""  # @param {type:"string"}
+OVERRIDES = ""  # @param ["", "--preset laptop", "--compare v6e:1x1"] {allow-input: true}
 
 if __name__ == "__main__":
     common.keep_compiled()
@@ -302,7 +303,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     hub_token = common.read_secret("HF_TOKEN")
-    result, tokenizer = train.train_run(run, config, hub_token, SWIGLU)
+    result, tokenizer, _ = train.train_run(run, config, hub_token, SWIGLU)
 
 # %% [markdown]
 # ## Look
@@ -311,7 +312,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    common.show_result(result, config)
+    print(common.describe_result(result, config))
     common.open_tensorboard(result.run_dir)
 
 # %% [markdown]

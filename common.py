@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -283,8 +284,61 @@ class NonFiniteLoss(UserError):
     """A loss or gradient that is no longer a number."""
 
 
+# Names in metrics.jsonl -> in TensorBoard, grouped by what stands before the slash: it opens two groups by itself.
+CHARTS = {
+    "loss": "loss/training, nats per token",
+    "val_loss": "loss/held out, nats per token",
+    "val_bpb": "loss/held out, bits per byte",
+    "lr": "step/learning rate",
+    "grad_norm": "step/gradient norm",
+    "tokens_per_second": "step/tokens per second",
+    "mfu": "step/MFU",
+}
+
+
+class EventFile:
+    """The rows of metrics.jsonl as TensorBoard's charts; does nothing where tensorboard cannot be imported.
+
+    Each start writes the whole history to a new file and removes the old one, so that a resumed run's curves have no
+    step twice: 0.6 s for 20,000 rows. Protocol buffers only; no TensorFlow is imported.
+    """
+
+    def __init__(self, folder, rows):
+        old = list(Path(folder).glob("events.out.tfevents.*"))
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except Exception:  # not installed, or not beside this protobuf: no charts are no reason not to train
+            self._writer = None
+            return
+        self._event, self._summary, self._time = Event, Summary, time.time()
+        # A reader that is at work keeps the old file open: only a new name tells it to start again.
+        self._writer = RecordWriter(open(Path(folder) / f"events.out.tfevents.{time.time_ns()}", "wb"))
+        for row in rows:
+            self.write(row)
+        for path in old:
+            path.unlink()
+
+    def write(self, row):
+        """Adds what CHARTS has a name for."""
+        if self._writer:
+            self._time = row.get("time", self._time)
+            values = [self._summary.Value(tag=CHARTS[k], simple_value=v) for k, v in row.items() if k in CHARTS]
+            event = self._event(wall_time=self._time, step=row["step"], summary=self._summary(value=values))
+            self._writer.write(event.SerializeToString())
+
+    def flush(self):
+        if self._writer:
+            self._writer.flush()
+
+    def close(self):
+        if self._writer:
+            self._writer.close()
+
+
 class RunLog:
-    """Metrics of a run: metrics.jsonl, the progress bar, and `on_log(row)` for whoever else listens.
+    """Metrics of a run: metrics.jsonl, TensorBoard's charts, the progress bar, and `on_log(row)` for anyone else.
 
     `add` takes a step's metrics while they are still on the device. They are fetched every `every` steps and one step
     late, so that the device always has a step queued while the host looks at the last.
@@ -292,15 +346,17 @@ class RunLog:
 
     def __init__(self, path, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10, rows=()):
         """peak_rate: tokens/s at the device's peak FLOPS, for MFU; None where that is not known."""
-        with warnings.catch_warnings(action="ignore"):  # a notebook without ipywidgets gets the plain bar
-            from tqdm.auto import tqdm
         self.rows = list(rows)  # those of the steps that a checkpoint holds; what the file has beyond is made again
         with atomic_write(path) as part:
             part.write_text(self.text())
         self._file = open(path, "a")
+        with telling_full_disk(path):
+            self._events = EventFile(Path(path).parent, self.rows)
+            self._events.flush()
         self._pending, self._every, self._on_log = [], every, on_log
         self._tokens, self._peak = tokens_per_step, peak_rate
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", mininterval=1.0, dynamic_ncols=True)
+        show_picture(None)  # its place is above the bar
+        self._bar = progress_bar(total=steps, initial=first_step, unit="step")
         self._shown, self._since = {}, None
 
     def add(self, step, metrics):
@@ -345,6 +401,8 @@ class RunLog:
         with telling_full_disk(self._file.name):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+            self._events.write(row)
+            self._events.flush()
         if self._on_log:
             self._on_log(row)
 
@@ -369,8 +427,21 @@ class RunLog:
 
     def close(self):
         self._bar.close()
-        with contextlib.suppress(OSError):  # a row that a full disk did not take has been told already
-            self._file.close()
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # a row that a full disk did not take has been told already
+                file.close()
+
+
+@contextlib.contextmanager
+def without_tensorflow():
+    """Gives jaxlib 0.7's profiler an empty module in place of TensorFlow's, whose absence it complains of on stderr."""
+    names = {"tensorflow", "tensorflow.python.profiler.trace"} - set(sys.modules)
+    sys.modules |= {name: types.ModuleType(name) for name in names}
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 class ProfileWindow:
@@ -392,7 +463,8 @@ class ProfileWindow:
         if step == self._first:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's frames would be most of the file
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            with without_tensorflow():
+                jax.profiler.start_trace(self._folder, profiler_options=options)
             self._on = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
@@ -408,8 +480,34 @@ class ProfileWindow:
         import jax
 
         if self._on:
-            jax.profiler.stop_trace()
+            with without_tensorflow():
+                jax.profiler.stop_trace()
             self._on = False
+
+
+def progress_bar(**options):
+    """A tqdm bar that stays one line: in a terminal, in a notebook with or without ipywidgets, in a log file."""
+    with warnings.catch_warnings(action="ignore"):  # of ipywidgets that are not there: the plain bar will do
+        from tqdm.auto import tqdm
+
+    live = in_notebook() or sys.stderr.isatty()
+    pace = {"mininterval": 1.0 if live else 60.0, "maxinterval": 60.0}  # a log file keeps every bar, one a minute
+    # A plain bar in a notebook is one line only where other text goes to the same stream.
+    return tqdm(file=sys.stdout if in_notebook() else sys.stderr, dynamic_ncols=True, **pace, **options)
+
+
+def show_picture(path):
+    """Shows a PNG below the running cell of a notebook, in place of the last one; None keeps the place for one."""
+    if in_notebook():
+        from IPython import get_ipython
+        from IPython.display import HTML, Image, display
+
+        cell = f"onechip-{get_ipython().execution_count}"
+        display(Image(path, width=800) if path else HTML(), display_id=cell, update=cell in show_picture.cells)
+        show_picture.cells.add(cell)
+
+
+show_picture.cells = set()
 
 
 def plot_losses(rows, gzip_bpb, path):
@@ -421,15 +519,17 @@ def plot_losses(rows, gzip_bpb, path):
     figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     above.plot(x, loss, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, every step")
-    if len(loss) >= 20:
+    span = max(20, len(loss) // 100)
+    if len(loss) >= span:
         sums = list(itertools.accumulate(loss, initial=0.0))
-        mean = [(b - a) / 20 for a, b in zip(sums, sums[20:], strict=False)]
-        above.plot(x[19:], mean, color="tab:blue", label="training, mean of 20 steps")
-    above.plot([row["step"] for row in evals], [row["val_loss"] for row in evals], "o-C1", label="held out")
+        mean = [(b - a) / span for a, b in zip(sums, sums[span:], strict=False)]
+        above.plot(x[span - 1 :], mean, color="tab:blue", label=f"training, mean of {span} steps")
+    dots = {"marker": "o", "markersize": 6 if len(evals) < 20 else 2}
+    above.plot([row["step"] for row in evals], [row["val_loss"] for row in evals], color="C1", label="held out", **dots)
     bits = f"{evals[-1]['val_bpb']:.3f} bits per byte held out; gzip -9 needs {gzip_bpb:.3f}" if evals else "training"
     above.set(title=bits, ylabel="loss, nats per token", yscale="log")
     for axis_format in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
-        axis_format("{x:.3g}")
+        axis_format("{x:.4g}")
     above.legend()
     above.grid(alpha=0.3, which="both")
     below.plot(x, [row["lr"] for row in steps], color="tab:green")
@@ -530,23 +630,109 @@ def describe_result(result, config):
     return "\n".join(lines)
 
 
-def show_result(result, config):
-    """Prints what came out of a run and, in a notebook, shows its curve."""
-    print(describe_result(result, config))
-    if in_notebook():
-        from IPython.display import Image, display
+def model_card(result, about, parameters, loading, dataset=""):
+    """README.md of a model's repository: what it is, how good, from what, and how to load it.
 
-        display(Image(filename=str(result.run_dir / "loss.png"), width=800))
+    about: the run's config.json as a dict; loading: lines of Python that sample from the model, which must run as they
+    stand in a clone of the repository; dataset: the Hub's name of what it was trained on, if it has one.
+    """
+    config, data, commit = about["config"], about["data"], about["commit"] or "unknown"
+    batch, source = config["total_batch_size"] * config["seq_len"], f"{data['name']} at revision `{data['revision']}`"
+    score = "not taken yet"
+    if result.val_bpb is not None:
+        score = f"{result.val_bpb:.3f} bits per byte, where gzip -9 needs {result.gzip_bpb:.3f}"
+        score += f"; {result.val_loss:.3f} nats per token"
+    rows = {
+        "held-out text": score,
+        "size": f"{parameters:,} parameters, float32",
+        "trained": f"{result.step:,} of {config['num_iterations']:,} steps of {batch:,} tokens, "
+        f"{result.step * batch:,} in all",
+        "data": f"{source}, {data['shards']} training shards",
+        "tokenizer": f"byte-level BPE, {config['vocab_size']:,} tokens",
+        "made with": f"commit {commit[:12]}{commit[40:]}, jax {about['jax']}, {about['device']}",
+    }
+    samples = "\n".join(f"{prompt!r} -> {text!r}" for prompt, text in result.samples)
+    return MODEL_CARD.format(
+        name=result.run_dir.name,
+        datasets=f"datasets:\n- {dataset}\n" if dataset else "",
+        table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        loading=loading.strip(),
+        samples=samples or "none were taken",
+        config=json.dumps(config, indent=2),
+    )
+
+
+MODEL_CARD = """\
+---
+license: mit
+library_name: jax
+pipeline_tag: text-generation
+tags:
+- jax
+- gpt
+- nanochat
+- onechip
+{datasets}---
+# {name}
+
+A GPT in the manner of nanochat, pretrained from scratch by onechip. It goes on with a text; it has not been taught to
+answer questions or to follow instructions, and what it writes may be wrong or offensive.
+
+| | |
+|---|---|
+{table}
+
+![Training and held-out loss](loss.png)
+
+## Load it and sample
+
+```python
+{loading}
+```
+
+The tokenizer alone: `transformers.AutoTokenizer.from_pretrained`, or `tokenizers.Tokenizer.from_file("tokenizer.json")`
+with `encode_special_tokens = True` for text that you did not write. Every document of the training text began with
+`<|bos|>`, which neither adds. The weights are plain arrays by name in `params.safetensors`.
+
+What it wrote at the end of its training:
+
+```
+{samples}
+```
+
+## Config
+
+```json
+{config}
+```
+
+Code: MIT. The licence above is meant for the weights; the training text has its own.
+"""
 
 
 def open_tensorboard(run_dir):
     """Shows TensorBoard below the cell on Colab; elsewhere says how to start it."""
-    if "google.colab" in sys.modules:
+    if "google.colab" not in sys.modules:
+        say(f"curves and profile: uv run tensorboard --logdir {run_dir}")
+        return
+    try:
         from tensorboard import notebook
+    except ImportError:  # pip could not install it, which the opening cell has said
+        say(f"curves and profile: there is no TensorBoard here; it can be shown {run_dir} on another machine")
+        return
+    notebook.start(f"--logdir {shlex.quote(str(run_dir))}")
 
-        notebook.start(f"--logdir {run_dir}")
-    else:
-        say(f"profile: uv run tensorboard --logdir {run_dir}")
+
+def give_back_machine(uploaded):
+    """Ends Colab's session, and its cost with it; not while what was made is nowhere else (`uploaded` is empty)."""
+    if "google.colab" not in sys.modules:
+        return
+    if not uploaded:
+        say("machine: kept, as its disk is the only place where the model is")
+        return
+    from google.colab import runtime
+
+    runtime.unassign()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 _MODEL = (
     "--n_head 2 --n_kv_head 1 --head_dim 16 --seq_len 64 --vocab_size 512 "
-    "--device_batch_size 2 --total_batch_size 256 --num_iterations 5 "
+    "--device_batch_size 2 --total_batch_size 256 --num_iterations 5 --eval_every 2 "
 )
 # The smallest run of each notebook that still passes through all of it.
 TINY = {
@@ -28,7 +28,8 @@ def set_overrides(notebook, flags):
 
 def run_notebook(notebook, folder, **environment):
     """Executes `notebook` (changed in place) with `folder` as its working directory; returns all it printed."""
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
+    where = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, timeout=600, resources=where, coalesce_streams=True)  # as front ends do
     client.execute(env=os.environ | environment)
     return "".join(
         output.get("text", "") or output.get("data", {}).get("text/plain", "") + "\n"

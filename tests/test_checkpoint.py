@@ -1112,14 +1112,16 @@ def read_whole_rows(run_dir):
 def test_colabs_secret_is_as_well_kept(hub, corpus, tokenizer, tmp_path, quick, payloads, capfd):
     """A token from Colab's userdata, uploads that work and uploads that fail with what the Hub says."""
     quick.syspath_prepend(str(ROOT / "tests" / "colab"))
-    quick.setattr(common, "in_notebook", lambda: True)
     quick.setenv("COLAB_SECRETS", json.dumps({"HF_TOKEN": f" {CANARY}\n"}))
     for name in [name for name in sys.modules if name == "google" or name.startswith("google.")]:
         quick.delitem(sys.modules, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "in_notebook", lambda: True)
+        token = common.read_secret("HF_TOKEN")
     hub.users[CANARY] = "someone"
     for i, faults in enumerate(([], [Fault("POST", "/commit/", status=403, times=99)])):
         hub.faults = faults
-        mirror = common.open_mirror(common.Run(name=f"y{i}", out=str(tmp_path)), common.read_secret("HF_TOKEN"))
+        mirror = common.open_mirror(common.Run(name=f"y{i}", out=str(tmp_path)), token)
         train.train(tiny(num_iterations=5), corpus, tokenizer, tmp_path / f"y{i}", mirror=mirror)
     assert CANARY in hub.tokens and "checkpoints/step_00000005/state.json" in hub.files("someone/onechip-y0")
     said = capfd.readouterr()

@@ -265,7 +265,7 @@ def test_every_preset_compiles_for_a_v6e(preset, on_v6e):
 
 @pytest.mark.slow
 def test_the_default_model_fits_a_v6e_with_room(on_v6e):
-    """All 16 layers at 4 x 2048 tokens: under 7 GiB of 31.25, two kernels a layer, at twice the plain design's speed."""
+    """All 16 layers at 4 x 2048 tokens: under 7 GiB of 31.25, two kernels a layer, twice the plain design's speed."""
     config = dataclasses.replace(train.Config(), total_batch_size=4)
     fit = train.measure_fit(config, on_v6e)
     assert count_kernels(fit.compiled) == 2 * 16

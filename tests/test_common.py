@@ -477,3 +477,10 @@ def test_compiled_programs_are_kept_under_home_unless_a_user_chose_a_place(monke
             assert jax.config.jax_compilation_cache_dir == used
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_machine_is_only_given_back_on_colab(monkeypatch, capsys):
+    """Anywhere else there is nothing to give back, and not a word about it."""
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+    common.give_back_machine("an address")
+    assert capsys.readouterr().out == ""

@@ -245,6 +245,13 @@ def test_attention_reference_gradients_match_finite_differences():
         assert (high - low) / (2 * step) == pytest.approx((grad * change).sum(), rel=1e-6)
 
 
+def test_every_attention_has_its_cases_and_its_word_in_the_help():
+    """One that is added to the table is held to the reference, and --help knows it."""
+    assert {impl for impl, *_ in ATTENTION_CASES} == set(train.ATTENTIONS)
+    [field] = [field for field in dataclasses.fields(train.Config) if field.name == "attn_impl"]
+    assert all(name in field.metadata["help"] for name in train.ATTENTIONS)
+
+
 @pytest.mark.parametrize("impl, heads, window", ATTENTION_CASES)
 def test_attention_equals_the_reference_in_value_and_gradient(impl, heads, window):
     """Four attentions are one function, to 2e-6 in value and 5e-6 in gradients, relative to each array's largest."""
@@ -769,6 +776,15 @@ def test_the_old_state_is_donated_and_nothing_else_is():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, constants, x, y)))
     make_step(STEP)(new, constants, x, y)  # and the step goes on from there
+
+
+def test_the_second_step_is_the_program_of_the_first():
+    """A weakly typed leaf, such as that of jnp.full(n, 0.1), comes back strong: another program, compiled once more."""
+    init = functools.partial(train.new_state, STEP, train.GPT)
+    before, constants = jax.eval_shape(init, jax.random.key(0))
+    after, _ = jax.eval_shape(train.make_train_step(STEP), before, constants, *random_batch(STEP))
+    kinds = lambda state: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), state)
+    assert kinds(after) == kinds(before)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():

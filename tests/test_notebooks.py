@@ -1,6 +1,7 @@
 """The notebooks as files: what .py and .ipynb hold, share and import, and that each runs from top to bottom."""
 
 import ast
+import base64
 import json
 import os
 import re
@@ -173,6 +174,26 @@ def test_magics_stand_alone(name):
             ast.parse(source)
 
 
+@each_notebook
+def test_what_is_collapsed_has_a_title_and_only_defines(name):
+    """Colab shows a collapsed cell by its title alone: nothing that runs, and nothing to fill in, hides in one."""
+    for cell in read_ipynb(name).cells[1:]:
+        titled = cell.source.startswith("# @title ")
+        assert titled == (cell.metadata.get("cellView") == "form"), cell.source[:60]
+        if titled and "def open_notebook" not in cell.source:
+            assert "__main__" not in cell.source and "@param" not in cell.source
+
+
+@each_notebook
+def test_forms_are_lines_that_colab_reads(name):
+    """A field is an assignment of a plain value with its kind behind it; a typing error there shows no field."""
+    kind = r'(\{type:"(string|boolean)"\}|\[("[^"]*"(, )?)+\] \{allow-input: true\})'
+    fields = [line for source in code_cells(name) for line in source.splitlines() if "@param" in line]
+    assert any(line.startswith("REF = ") for line in fields) and any(line.startswith("OVERRIDES = ") for line in fields)
+    for line in fields:
+        assert re.fullmatch(rf'[A-Z_]+ = ("[^"]*"|True|False)  # @param {kind}', line), line
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Imports and definitions
 
@@ -288,3 +309,28 @@ def test_runs_from_top_to_bottom(name, tmp_path):
     assert printed.strip()
     assert "NO TPU" not in printed, "the opening cell speaks on Colab only"
     assert json.dumps(notebook).count('"output_type": "error"') == 0
+    for outputs in (cell.get("outputs", []) for cell in notebook.cells):
+        assert sum("image/png" in output.get("data", {}) for output in outputs) <= 1, (
+            "a picture takes the last one's place"
+        )
+        texts = [output.get("text", "") for output in outputs]
+        assert sum(text.count("step/s") for text in texts) <= 1, "a progress bar is one line"
+        assert sum(text.count("\n") for text in texts) <= 40, "a cell's text fits a screen"
+
+
+@pytest.mark.slow
+def test_a_picture_is_live(tmp_path):
+    """Each picture takes the place of the last one of its cell, above the text, and another cell has its own."""
+    save = "from matplotlib.figure import Figure\nfor n in '123': Figure(figsize=(int(n), 1)).savefig(n + '.png')"
+    first = "common.show_picture(None); print('text'); common.show_picture('1.png'); common.show_picture('2.png')"
+    cells = [
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common\n{save}",
+        first,
+        "common.show_picture('3.png')",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    run_notebook(notebook, tmp_path)
+    [picture, text], [other] = (cell.outputs for cell in notebook.cells[1:])
+    for output, name in ((picture, "2.png"), (other, "3.png")):
+        assert base64.b64decode(output.data["image/png"]) == (tmp_path / name).read_bytes()
+    assert text.text == "text\n"

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 from execute import TINY, run_cells, run_notebook, set_overrides
+from hub import Hub
 
 COLAB = ROOT / "tests" / "colab"
 EXTRAS = ["tensorboard", "xprof", "wandb"]
@@ -209,22 +210,57 @@ def test_secrets_as_colab_gives_them(tmp_path):
         assert reason in line
 
 
+@pytest.fixture
+def origin(tmp_path):
+    """A repository on this machine with the working tree in one commit."""
+    folder = tmp_path / "origin"
+    (folder / "notebooks").mkdir(parents=True)
+    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+        shutil.copy(path, folder)
+    git(folder, "init", "-q", "-b", "main")
+    commit(folder, "the working tree")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_notebook_alone_on_colab(name, tmp_path, content):
-    """Run all on one .ipynb and nothing else: cloned from git, nothing installed over, told that there is no TPU."""
-    origin = tmp_path / "origin"
-    (origin / "notebooks").mkdir(parents=True)
-    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
-        shutil.copy(path, origin)
-    git(origin, "init", "-q", "-b", "main")
-    commit(origin, "the working tree")
-    shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", content)
-    notebook = nbformat.read(content / f"{name}.ipynb", as_version=4)
+def test_notebook_alone_on_colab(name, tmp_path, content, origin):
+    """Run all on a copy of one .ipynb and nothing else: cloned from git, nothing installed over, no TPU told on top.
+
+    Its secrets are denied or late; the machine, asked to be given back, stays, as nothing could be uploaded.
+    """
+    shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", content / f"Copy of {name}.ipynb")
+    notebook = nbformat.read(content / f"Copy of {name}.ipynb", as_version=4)
     set_overrides(notebook, TINY[name])
+    offers = [cell for cell in notebook.cells if cell.source.startswith("GIVE_BACK = False")]
+    for cell in offers:
+        cell.source = cell.source.replace("GIVE_BACK = False", "GIVE_BACK = True")
     secrets = json.dumps({"HF_TOKEN": "NotebookAccessError", "WANDB_API_KEY": "TimeoutException"})
-    printed = run_notebook(notebook, content, **colab(tmp_path, origin, COLAB_SECRETS=secrets, HIDDEN_MODULES="wandb"))
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # where TensorBoard is
+    environment = {"TMPDIR": str(tmp_path), "PATH": path, "COLAB_SECRETS": secrets, "HIDDEN_MODULES": "wandb"}
+    printed = run_notebook(notebook, content, **colab(tmp_path, origin), **environment)
     assert (content / "onechip-main" / "common.py").exists()
     assert printed.lstrip("=\n").startswith("NO TPU: JAX found only CPU"), printed[:500]
     assert [call["arguments"][4:] for call in pip_calls(tmp_path)] == [["wandb"]]
-    assert not (tmp_path / "unassigned").exists()
+    assert not (tmp_path / "unassigned").exists() and printed.count("machine: kept") == len(offers)
+    if name == "02_train":
+        assert "google.colab.kernel.proxyPort" in json.dumps(notebook), "TensorBoard's frame"
+
+
+@pytest.mark.slow
+def test_the_machine_is_given_back_when_all_is_on_the_hub(tmp_path, content, origin):
+    """With a granted token and GIVE_BACK ticked: the model and its card are on the Hub before the machine goes."""
+    notebook = nbformat.read(ROOT / "notebooks" / "02_train.ipynb", as_version=4)
+    set_overrides(notebook, f"{TINY['02_train']} --name mine")
+    [last] = [cell for cell in notebook.cells if cell.source.startswith("GIVE_BACK = False")]
+    last.source = last.source.replace("GIVE_BACK = False", "GIVE_BACK = True")
+    assert last is notebook.cells[-1]
+    with Hub(users={"hf_secret_word": "someone"}) as hub:
+        environment = colab(tmp_path, origin, COLAB_SECRETS=json.dumps({"HF_TOKEN": "hf_secret_word"}))
+        # Without TensorBoard, as where pip failed: that costs the curves in the notebook, and nothing else.
+        hidden = {"HIDDEN_MODULES": "tensorboard"}
+        printed = run_notebook(notebook, content, **environment, **hub.environment(), **hidden)
+        arrived = hub.files("someone/onechip-mine")
+    assert (tmp_path / "unassigned").exists() and "hf_secret_word" not in json.dumps(notebook)
+    assert {"README.md", "params.safetensors", "tokenizer.json"} <= set(arrived), printed
+    assert "there is no TensorBoard here" in printed

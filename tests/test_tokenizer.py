@@ -642,6 +642,7 @@ def test_the_whole_run_uploads_to_the_hub(tmp_path):
         (path,) = tmp_path.rglob("tokenizer.json")
         arrived = hub.files("someone/onechip-tokenizer")
         assert arrived["tokenizer.json"] == path.read_bytes()
+        assert b"PreTrainedTokenizerFast" in arrived["tokenizer_config.json"]
         assert arrived["compression.png"].startswith(b"\x89PNG") and b"mathematics" in arrived["README.md"]
         assert hub.repos["model", "someone/onechip-tokenizer"].private and not hub.unknown
         for said in ("chosen:", "data:", "tokenizer:", "bytes per token", "gzip -9", "upload: tokenizer.json"):

@@ -3,6 +3,7 @@
 REPOSITORY = "REPOSITORY_URL"
 REF = "main"  # @param {type:"string"}
 # @markdown REF is the version of the sibling files: a branch, a tag or a full commit hash.
+# @markdown In a copy of yours that must stay as it is, name the commit that `config.json` of its runs tells.
 
 
 def open_notebook(repository, ref):

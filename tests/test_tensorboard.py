@@ -1,0 +1,241 @@
+"""What TensorBoard shows of a run: the charts are metrics.jsonl, and a real browser shows them and the trace."""
+
+import contextlib
+import gzip
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+
+import common
+
+tok = importlib.import_module("01_tokenizer")
+train = importlib.import_module("02_train")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Nothing beyond loopback: XProf asks for a chart library elsewhere, and must do without it here.
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --window-size=1500,1000""".split()
+FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+
+
+def make_rows(first, last, every=4):
+    """Rows as a run writes them: one per step, one more per evaluation."""
+    rows = []
+    for step in range(first, last + 1):
+        rows.append({"step": step, "loss": 9 / step, "grad_norm": 0.5, "lr": 1e-3 * step, "time": 1000.0 + step})
+        if step % every == 0:
+            rows.append({"step": step, "val_loss": 8 / step, "val_bpb": 2 / step})
+    return rows
+
+
+def read_charts(folder):
+    """tag -> [(step, value), ...] in the order of the file, as TensorBoard itself reads the folder's event files."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    charts = {}
+    for path in sorted(Path(folder).glob("*tfevents*")):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                charts.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return charts
+
+
+def charts_of(rows):
+    """The same from rows of metrics.jsonl."""
+    charts = {}
+    for row in rows:
+        for name, tag in common.CHARTS.items():
+            if name in row:
+                charts.setdefault(tag, []).append((row["step"], pytest.approx(row[name])))
+    return charts
+
+
+def write_log(folder, old, new):
+    """A process's share of a run: begins with the rows `old`, adds `new`."""
+    log = common.RunLog(folder / "metrics.jsonl", 100, 0, tokens_per_step=8, rows=old)
+    for row in new:
+        log.write(row)
+    log.close()
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    """Killed behind step 11, resumed from a checkpoint of step 8: no zigzag, one file, what metrics.jsonl says."""
+    write_log(tmp_path, [], make_rows(1, 11))
+    assert read_charts(tmp_path) == charts_of(make_rows(1, 11))
+    write_log(tmp_path, make_rows(1, 8), make_rows(9, 13))
+    assert read_charts(tmp_path) == charts_of(make_rows(1, 13))
+    assert len(list(tmp_path.glob("*tfevents*"))) == 1
+
+
+def test_a_run_needs_no_tensorboard(tmp_path):
+    """Where it is not installed, training goes on with metrics.jsonl alone and without a word."""
+    code = "import common, pathlib, sys; log = common.RunLog(pathlib.Path(sys.argv[1]) / 'metrics.jsonl', 9, 0, 8); "
+    code += "log.write({'step': 1, 'loss': 2.0}); log._bar.disable = True; log.close()"
+    hidden = os.environ | {"HIDDEN_MODULES": "tensorboard"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=hidden, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The folder of a real run of 24 steps with a trace of five, on a device whose peak is said to be known."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("board")
+    for i in range(3):
+        texts = [" ".join(rng.choices("the of energy light water import return self value".split(), k=60))] * 40
+        (folder / "data").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": texts}), folder / "data" / f"{i}.parquet")
+    corpus = tok.folder_corpus(folder / "data")
+    tokenizer = tok.train_tokenizer((text for _, text in tok.read_documents(corpus.train)), 280)
+    sizes = {"n_head": 2, "head_dim": 8, "aspect_ratio": 8, "vocab_size": 280, "seq_len": 24, "attn_impl": "einsum"}
+    batches = {"device_batch_size": 2, "total_batch_size": 2, "num_iterations": 24, "eval_every": 8, "eval_tokens": 99}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.PEAK_FLOPS, "cpu", 1e12)
+        train.train(train.Config(dtype="float32", **sizes, **batches), corpus, tokenizer, folder / "runs" / "tiny")
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def board(tiny_run):
+    """TensorBoard's address on loopback, with the run's folder open."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", tiny_run, "--host", "127.0.0.1", "--port", port]
+    with open(tiny_run.parent / "tensorboard.log", "w") as log:
+        options = ["--reload_interval", "1"]
+        process = subprocess.Popen([*map(str, command), *options], stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: ask(address, "runs") == ["."])
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(address, path, **query):
+    """What TensorBoard answers, parsed; None while it does not."""
+    with contextlib.suppress(OSError, ValueError):
+        with urllib.request.urlopen(f"{address}/data/{path}?{urllib.parse.urlencode(query)}") as answer:
+            raw = answer.read()
+        return json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+
+
+def wait_for(condition, seconds=120.0):
+    """Polls until `condition()` is true, and returns what it gave."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless Chromium."""
+    if not CHROMIUM or not shutil.which("chromedriver"):
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
+def keep_picture(browser, name, tmp_path):
+    """Saves what the browser shows, for people: in ONECHIP_ARTIFACTS if that is set."""
+    folder = Path(os.environ.get("ONECHIP_ARTIFACTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    assert browser.save_screenshot(str(folder / name))
+
+
+def look(browser, script, frames=0):
+    """What `script` returns in the page, or in its `frames`-th nested frame; None while that is not there yet."""
+    from selenium.common.exceptions import WebDriverException
+
+    with contextlib.suppress(WebDriverException):
+        browser.switch_to.default_content()
+        for _ in range(frames):
+            browser.switch_to.frame(browser.find_element("tag name", "iframe"))
+        return browser.execute_script(script)
+
+
+@pytest.mark.slow
+def test_the_charts_are_in_the_browser(browser, board, tmp_path):
+    """Loss, learning rate, gradient norm, bits per byte, tokens per second and MFU, each a card with a curve."""
+    browser.get(f"{board}/#timeseries")
+    browser.set_window_size(1500, 2300)  # a card below the fold is not drawn
+    drawn = """return Array.from(document.querySelectorAll('card-view')).filter(c => c.querySelector('svg, canvas'))
+        .map(c => c.textContent.replace(/\\s+/g, ' '))"""
+    wanted = [tag.split("/")[1] for tag in common.CHARTS.values()]
+    wait_for(lambda: all(any(tag in card for card in look(browser, drawn) or []) for tag in wanted))
+    keep_picture(browser, "scalars.png", tmp_path)
+
+
+TRACE = """
+const slices = [];
+for (const process of document.querySelector('tr-ui-timeline-view').model.getAllProcesses())
+    for (const thread of Object.values(process.threads))
+        for (const slice of Array.from(thread.sliceGroup.slices)) slices.push(slice.title);
+return slices;
+"""
+CHOOSE = """
+const shown = Array.from(document.querySelectorAll('mat-option')).find(o => o.textContent.includes('Trace Viewer'));
+if (shown) { shown.click(); return true; }
+const menu = Array.from(document.querySelectorAll('mat-select')).find(s => s.textContent.includes('Overview'));
+if (menu) menu.click();
+return false;
+"""
+
+
+@pytest.mark.slow
+def test_the_trace_is_in_the_browser(browser, board, tmp_path):
+    """The tab Profile finds the run's trace, and its trace viewer holds five steps by their numbers."""
+    browser.get(f"{board}/#profile")
+    wait_for(lambda: look(browser, CHOOSE, frames=1))
+    titles = wait_for(lambda: look(browser, TRACE, frames=2))
+    steps = {int(step[1]) for step in map(re.compile(r"train (\d+)$").match, titles) if step}
+    assert steps == set(range(15, 20)) and "PjitFunction(train_step)" in titles
+    keep_picture(browser, "trace.png", tmp_path)
+
+
+@pytest.mark.slow
+def test_an_open_tensorboard_follows_a_resumed_run(board, tiny_run):
+    """The server's chart of a run that is resumed under its eyes: no step twice, none of the part thrown away."""
+    chart = lambda tag: ask(board, "plugin/scalars/scalars", run=".", tag=tag) or []
+    points = lambda tag: [(step, pytest.approx(value)) for _, step, value in chart(tag)]
+    rows = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    wait_for(lambda: len(chart("loss/training, nats per token")) == 24)
+    for tag, expected in charts_of(rows).items():
+        wait_for(lambda tag=tag, expected=expected: points(tag) == expected)
+    assert set(charts_of(rows)) == set(common.CHARTS.values())
+    kept = [row for row in rows if row["step"] <= 16]
+    again = [row | {"loss": 1.0} if "loss" in row else row for row in rows if row["step"] > 16]
+    write_log(tiny_run, kept, again)
+    expected = charts_of(kept + again)["loss/training, nats per token"]
+    wait_for(lambda: points("loss/training, nats per token") == expected)
