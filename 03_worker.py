@@ -1,0 +1,689 @@
+# %% [markdown]
+# <!-- badge -->
+# # Sweep on as many Colabs as you have, and on none
+#
+# A sweep tries settings of 02's trainer, learns from each trial which to try next, and stops the hopeless ones early.
+# **To sweep a changed model**, push your change to a branch and set `REF` in the cell below to it: every worker then
+# runs that very commit, and one that does not says so and stops. **What it costs** in chip hours is the estimated time
+# of a step times the steps of a trial times the number of trials, printed before the first one starts: at the 0.71 s
+# that the compiler estimates for a step of 131,072 tokens, 30 trials of 1,000 steps are 6 hours of one v6e, less what
+# is stopped early. **To stop a worker**, use the stop button or Ctrl-C: its trial is saved and handed out again; to
+# stop the whole sweep, use the sweep's page in wandb, or just start no worker.
+#
+# | where | needs | trials | time | cost |
+# |---|---|---|---|---|
+# | laptop, two cores | no account, no network | 6 of 0.1M tokens | 4 minutes | nothing |
+# | Colab, TPU v6e, any number of them | a wandb account (or a shared folder) | 30 of 131M tokens | 12 minutes a trial | compute units |
+
+# %%
+# OPENING CELL
+
+# %% [markdown]
+# ## Setup
+#
+# The trainer is 02's, imported, so a sweep's winner is what 02 trains. wandb and `sweeps`, its search algorithms as
+# plain functions, are imported where they are used: without an account only `sweeps` is needed.
+
+# %%
+import contextlib
+import csv
+import dataclasses
+import difflib
+import functools
+import gc
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import shutil
+import socket
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+import common
+from common import UserError, require, say, setting
+
+train = importlib.import_module("02_train")
+tok = importlib.import_module("01_tokenizer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What this worker does, and, where it makes the sweep, what the sweep is."""
+
+    where: str = setting("", "wandb or local; empty: wandb where there is a key and the preset is not laptop")
+    sweep: str = setting("", "id of a wandb sweep to join, [entity/project/]id; empty: the one of these settings")
+    count: int = setting(0, "trials that this worker runs; 0: until the sweep is over")
+    run_cap: int = setting(0, "trials of the whole sweep; 0: 6 for the laptop preset, else 30")
+    budget: str = setting("tokens", "what every trial gets the same of: tokens or flops")
+    evaluations: int = setting(5, "evaluations in a trial, evenly spaced: the points at which it can be stopped early")
+    method: str = setting("bayes", "bayes, random or grid")
+    project: str = setting("onechip", "wandb project")
+    any_version: bool = setting(False, "go on although commit or data are not those that the sweep was made with")
+    give_up: int = setting(12, "failed trials in a row that end a worker; 0: none do")
+    lease: float = setting(60.0, "local: seconds without a sign of life after which a trial is handed out again")
+
+
+# %% [markdown]
+# ## What is swept
+#
+# A sweep is one dictionary in wandb's format, whoever hands the trials out. `SPACE` names `Config` fields, the rest of
+# a `Config` stands beside them as constants, and so do commit and data: who joins needs nothing but the sweep. What
+# follows from a field is not swept: `n_head` brings width and depth along. A misspelt name, a bound that no `Config`
+# takes or two values that do not go together are told when the sweep is made, not by its 17th trial.
+
+# %%
+SPACE = {
+    "learning_rate": {"distribution": "log_uniform_values", "min": 5e-5, "max": 3e-3},
+    "weight_decay": {"min": 0.0, "max": 0.3},
+    "warmup_ratio": {"min": 0.0, "max": 0.1},
+    "warmdown_ratio": {"min": 0.2, "max": 0.8},
+    "n_head": {"values": [6, 8, 10]},
+    "device_batch_size": {"values": [2, 4, 8]},
+}
+SPACES = {
+    "chip": SPACE,
+    "gpu": SPACE | {"device_batch_size": {"values": [8, 16, 32]}},
+    "laptop": SPACE
+    | {
+        "learning_rate": {"distribution": "log_uniform_values", "min": 5e-4, "max": 2e-2},  # a model of 1/37 the size
+        "n_head": {"values": [2, 3, 4]},
+        "device_batch_size": {"values": [4, 8]},
+    },
+}
+# A trial is a short run: what it tells is which setting learns faster, not how good a long run gets.
+TRIALS = {
+    "chip": train.PRESETS["chip"] | {"num_iterations": 1000},
+    "gpu": train.PRESETS["gpu"] | {"num_iterations": 1000},
+    "laptop": train.PRESETS["laptop"] | {"num_iterations": 60, "eval_tokens": 1 << 14},
+}
+METRIC = "val_bpb"
+ORIGIN = ("commit", "data", "data_name", "data_revision", "num_shards", "budget", "budget_size", "evaluations")
+DERIVED = ("num_iterations", "eval_every", "sample_every", "save_every", "keep")  # follow from budget and evaluations
+
+
+def make_sweep(settings, run, config, space, corpus):
+    """The sweep as a dictionary in wandb's format: `space` over the fields of `config`, which are constants else."""
+    fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in DERIVED}
+    fixed["n_kv_head"] = 0 if config.n_kv_head == config.n_head else config.n_kv_head  # so that n_head can be swept
+    tokens = common.count_tokens(config)
+    size = tokens if settings.budget == "tokens" else tokens * train.flops_per_token(config)
+    data = run.data if run.data in ("offline", "fineweb") else ""  # a folder's path is each worker's own
+    origin = (common.git_commit() or "", data, corpus.name, corpus.revision, run.num_shards)
+    constants = fixed | dict(zip(ORIGIN, (*origin, settings.budget, size, settings.evaluations), strict=True))
+    sweep = {
+        "method": settings.method,
+        "metric": {"name": METRIC, "goal": "minimize"},
+        "early_terminate": {"type": "hyperband", "min_iter": max(1, settings.evaluations // 4), "eta": 2},
+        "run_cap": settings.run_cap or (6 if run.preset == "laptop" else 30),
+        "parameters": {**{name: {"value": value} for name, value in constants.items()}, **space},
+    }
+    digest = hashlib.sha256(json.dumps(sweep, sort_keys=True).encode()).hexdigest()[:6]
+    return {"name": run.name or f"sweep-{run.preset}-{corpus.name}-{digest}", **sweep}
+
+
+def swept(sweep):
+    """The swept parameters of a sweep, without its constants."""
+    return {name: spec for name, spec in sweep["parameters"].items() if "value" not in spec}
+
+
+def constants(sweep):
+    """The constants of a sweep, by name."""
+    return {name: spec["value"] for name, spec in sweep["parameters"].items() if "value" in spec}
+
+
+# %%
+def extremes(name, spec):
+    """The values, or the two bounds, of a swept parameter; UserError if it has neither."""
+    if values := spec.get("values"):
+        return list(values)
+    bounds = [spec.get("min"), spec.get("max")]
+    ordered = all(isinstance(b, int | float) for b in bounds) and bounds[0] < bounds[1]
+    require(ordered, name, spec, "give values, or min and max with min < max")
+    log = "log" in spec.get("distribution", "")
+    require(not log or bounds[0] > 0, name, spec, "a logarithmic distribution needs min > 0")
+    return bounds
+
+
+def check_sweep(sweep):
+    """Builds the Config of every combination of extremes and returns them; UserError for the first that cannot be."""
+    fields = [field.name for field in dataclasses.fields(train.Config)]
+    space = swept(sweep)
+    require(space, "space", space, "name at least one Config field to sweep")
+    for name in space:
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(fields)}"
+        require(name in fields, "swept parameter", name, f"is no field of Config; {hint}")
+        require(name not in DERIVED, "swept parameter", name, "follows from the budget and is not swept")
+    choices = itertools.product(*(extremes(name, spec) for name, spec in space.items()))
+    combinations = [dict(zip(space, choice, strict=True)) for choice in itertools.islice(choices, 4096)]
+    return [trial_config(constants(sweep) | combination) for combination in combinations]
+
+
+# %% [markdown]
+# ## Comparable trials
+#
+# Trials of one sweep get the same number of tokens, or, if you choose `--budget flops`, the same number of FLOPs: then
+# a smaller model sees more tokens, which is the question that a choice of size really asks. All are scored on the same
+# held-out tokens, at the same shares of their run: five evaluations by default, whatever the number of steps. The score
+# is reported there and nowhere else, because Hyperband counts reports: the second of one trial must mean what the
+# second of another does.
+
+
+# %%
+def trial_config(parameters):
+    """The Config of a trial: its steps follow from the budget, rounded so that the evaluations are evenly spaced."""
+    kinds = {field.name: field.type for field in dataclasses.fields(train.Config) if field.name not in DERIVED}
+    values = {name: plain(parameters[name], kind) for name, kind in kinds.items()}
+    count = int(parameters["evaluations"])
+    require(count > 0, "evaluations", count, "must be a positive integer")
+    require(parameters["budget"] in ("tokens", "flops"), "budget", parameters["budget"], "use tokens or flops")
+    config = train.Config(**values, num_iterations=count)
+    per_token = train.flops_per_token(config) if parameters["budget"] == "flops" else 1
+    step = config.total_batch_size * config.seq_len * per_token
+    every = max(1, round(parameters["budget_size"] / step / count))
+    derived = {"num_iterations": every * count, "eval_every": every, "sample_every": 0, "save_every": 0, "keep": 1}
+    return dataclasses.replace(config, **derived)
+
+
+def plain(value, kind):
+    """A parameter as a Config field takes it: no NumPy scalar, and no 0 where 0.0 is meant."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return float(value) if kind is float and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+# %% [markdown]
+# ## One trial
+#
+# A configuration may not compile, not fit, or lose its mind halfway: that must cost its own time and nothing else. Each
+# trial runs in a thread of its own, and what it raises leaves that thread as text: a traceback keeps every frame of the
+# failed trial alive, parameters and moments included, and the next ten trials would run out of memory for it. The
+# other thread only waits, so that whatever ends a trial early (Ctrl-C, or the exception that wandb's agent throws into
+# its thread) hits a wait, never the middle of a step; the trial is told and ends at its next line of metrics.
+
+
+# %%
+class Outcome(NamedTuple):
+    """How a trial ended: finished, stopped (early), failed, interrupted (to be handed out again) or lost; and why."""
+
+    state: str
+    reason: str = ""
+
+
+class EndTrial(Exception):
+    """Ends a trial from within its listener."""
+
+
+class Request:
+    """A request to end a trial, by whoever comes first; `outcome` is None until there is one."""
+
+    def __init__(self):
+        self.outcome, self.told = None, False
+
+    def ask(self, state, reason):
+        self.outcome = self.outcome or Outcome(state, reason)
+
+    def obey(self):
+        """Raises, once, what makes train() end: KeyboardInterrupt where it is to save first."""
+        if self.outcome and not self.told:
+            self.told = True
+            raise KeyboardInterrupt if self.outcome.state == "interrupted" else EndTrial
+
+
+class Job(NamedTuple):
+    """A trial to run: its parameters, folder, a note for its checkpoints, and whom to tell."""
+
+    name: str
+    parameters: dict
+    run_dir: Path
+    request: Request
+    on_start: Callable = lambda config: None  # once it is known that it fits
+    on_evaluation: Callable = lambda rows: None  # all evaluations so far, as rows of metrics.jsonl
+
+
+def read_evaluations(run_dir):
+    """The rows of metrics.jsonl that hold an evaluation, those from before an interruption included."""
+    path = Path(run_dir) / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if METRIC in row]
+
+
+def attempt(job, corpus):
+    """Trains a Job's model; the Outcome, or what went wrong as an exception."""
+    config = trial_config(job.parameters)
+    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
+    require_fit(config)
+    job.on_start(config)
+
+    def listen(row):
+        if row["step"] < config.num_iterations:  # what is complete is not ended early
+            if METRIC in row:
+                job.on_evaluation(read_evaluations(job.run_dir))
+            job.request.obey()
+
+    remember = {"trial": job.name}
+    result = train.train(config, corpus, tokenizer, job.run_dir, on_log=listen, remember=remember)
+    job.on_evaluation(read_evaluations(job.run_dir))
+    return Outcome("finished") if result.step == config.num_iterations else job.request.outcome
+
+
+def require_fit(config):
+    """Compiles the step and raises train.DoesNotFit, a UserError, if the device has no room for it."""
+    # Until 02 has it.
+    getattr(train, "preflight", lambda config: None)(config)
+
+
+# %%
+def clear_traceback(error):
+    """Empties the frames of an exception and of those behind it: they hold the parameters of what failed."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def contain(work, request):
+    """work()'s Outcome, or one that tells in words what it raised; no frame and no array of it stays behind."""
+    try:
+        return work()
+    except EndTrial:
+        return request.outcome
+    except BaseException as error:
+        clear_traceback(error)
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return Outcome("failed", kind + common.first_line(error))
+
+
+def run_trial(job, corpus, interrupt=None):
+    """Runs a Job in a thread of its own, waits, and returns its Outcome; the device is as empty as before.
+
+    An exception thrown into the waiting thread ends the trial as stopped, a noted `interrupt` as interrupted.
+    """
+    done = []
+    work = functools.partial(attempt, job, corpus)
+    thread = threading.Thread(target=lambda: done.append(contain(work, job.request)), name="trial")
+    thread.start()
+    while not done:
+        try:
+            time.sleep(0.1)  # no lock: an exception that is thrown in here must not leave one taken
+            if interrupt and interrupt.requested:
+                job.request.ask("interrupted", "the worker was stopped")
+        except KeyboardInterrupt:
+            job.request.ask("interrupted", "the worker was stopped")
+        except Exception:
+            job.request.ask("stopped", "by the sweep")
+    thread.join()
+    del work
+    gc.collect()
+    jax.clear_caches()  # programs take room on the device, too; the cache on disk keeps them
+    if done[0].state in ("finished", "stopped", "failed"):
+        shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # 3 GB each for the default model
+    return done[0]
+
+
+# %% [markdown]
+# ## Without an account
+#
+# A folder holds the sweep, one file per trial, and whatever each trial has come to. Workers on one machine, or on a
+# shared folder, need no server and no locks, only two operations that file systems do whole: a file is created by one
+# worker and no other, and renamed over an old one. A trial belongs to whom created its newest lease, whose time stamp
+# is renewed every ten seconds; when that stops for a minute, the next lease can be created, and the trial goes on from
+# its checkpoint in other hands. What to try next, and what to stop, `sweeps` says: the code that wandb's servers run.
+
+
+# %%
+def load_search():
+    """The `sweeps` library; UserError where it is not installed."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # pydantic's, on every import
+            return importlib.import_module("sweeps")
+    except ImportError as error:
+        raise UserError(f"sweeps cannot be imported ({error}): pip install sweeps, or sweep with --where wandb") from None
+
+
+def create_whole(path, text):
+    """Creates a file with its content if there is none of that name; whether it did. One of many callers does."""
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}")
+    beside.write_text(text)
+    try:
+        os.link(beside, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # no hard links on this file system, Google Drive's for one
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:
+            file.write(text)
+            return True
+        return False
+    finally:
+        beside.unlink()
+
+
+def read_json(path):
+    """A file's JSON, or None where there is none, or none yet."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class Lease:
+    """Keeps a lease's time stamp fresh in a thread; asks the trial to end if another worker has taken it over."""
+
+    def __init__(self, path, successor, request, seconds):
+        self._path, self._successor, self._request, self._pause = path, successor, request, seconds / 6
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
+
+    def _work(self):
+        while not self._stop.wait(self._pause):
+            with contextlib.suppress(OSError):  # a shared folder that is away for a moment
+                os.utime(self._path)
+            if self._successor.exists():
+                self._request.ask("lost", "another worker has taken it over")
+
+    def __enter__(self):
+        self._thread.start()
+
+    def __exit__(self, *exception):
+        self._stop.set()
+        self._thread.join()
+
+
+# %%
+class LocalSweep:
+    """A sweep in a folder: sweep.json; per trial NNNN.json, NNNN.lease-K and NNNN.result.json; trial-NNNN/ its run."""
+
+    def __init__(self, folder, sweep, lease=60.0):
+        self.folder, self._seconds, self._search = Path(folder), lease, load_search()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        create_whole(self.folder / "sweep.json", json.dumps(sweep, indent=2) + "\n")
+        self.sweep = read_json(self.folder / "sweep.json")
+        require(self.sweep, "sweep", str(self.folder / "sweep.json"), "cannot be read: use another --name")
+
+    def trials(self):
+        """[{"name", "parameters", "state", "reason", "rows"}, ...] of all trials, in their order."""
+        return [self._read(path) for path in sorted(self.folder.glob("[0-9][0-9][0-9][0-9].json"))]
+
+    def _read(self, path):
+        started = {"parameters": read_json(path) or {}, "state": "running", "reason": "", "rows": []}
+        return {"name": path.stem, **started, **(read_json(path.with_suffix(".result.json")) or {})}
+
+    def write(self, name, state, reason="", rows=None):
+        """Notes what a trial has come to; its rows stay as they were unless given."""
+        path = self.folder / f"{name}.result.json"
+        rows = (read_json(path) or {}).get("rows", []) if rows is None else rows
+        with common.atomic_write(path) as part:
+            part.write_text(json.dumps({"state": state, "reason": reason, "rows": rows}) + "\n")
+
+    def _leases(self, name):
+        return sorted(self.folder.glob(f"{name}.lease-*"), key=lambda path: int(path.suffix.removeprefix(".lease-")))
+
+    def _is_free(self, trial):
+        """Whether a trial that is not over is in nobody's hands; all times are the file system's own."""
+        leases = self._leases(trial["name"])
+        if trial["state"] == "interrupted" or not leases:
+            return True
+        probe = self.folder / f".now-{socket.gethostname()}-{os.getpid()}"
+        probe.write_text("")
+        age = probe.stat().st_mtime - leases[-1].stat().st_mtime
+        probe.unlink()
+        return age > self._seconds
+
+    def claim(self):
+        """(trial, lease) that is this worker's now: one left behind, or a new one; None if there is nothing to do."""
+        while True:
+            trials = self.trials()
+            open_ones = [trial for trial in trials if trial["state"] in ("running", "interrupted")]
+            free = next(filter(self._is_free, open_ones), None)
+            if free is None and len(trials) < self.sweep["run_cap"]:
+                free = self._propose(trials)
+            if free is None:
+                return None
+            number = len(self._leases(free["name"])) + 1
+            lease = self.folder / f"{free['name']}.lease-{number}"
+            if create_whole(lease, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n"):
+                self.write(free["name"], "running")
+                return free, lease
+
+    def _propose(self, trials):
+        """The next trial by the search, created; None where a grid is used up."""
+        with warnings.catch_warnings(action="ignore"):  # scikit-learn's, on the fit of five points
+            proposed = self._search.next_run(self.sweep, self._as_runs(trials))
+        if proposed is None:
+            return None
+        values = {name: entry["value"] for name, entry in proposed.config.items()}
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+        path = self.folder / f"{len(trials) + 1:04d}.json"
+        create_whole(path, json.dumps(values) + "\n")  # where another worker was faster, its trial
+        return self._read(path)
+
+    def _as_runs(self, trials):
+        states = {"interrupted": "running", "stopped": "finished"}
+        return [
+            self._search.SweepRun(
+                name=trial["name"],
+                state=states.get(trial["state"], trial["state"]),
+                config={name: {"value": value} for name, value in trial["parameters"].items()},
+                sampledHistory=[{METRIC: row[METRIC]} for row in trial["rows"]],
+            )
+            for trial in trials
+        ]
+
+    def _note_evaluation(self, name, request, rows):
+        """Keeps a running trial's rows and asks Hyperband whether it should go on."""
+        self.write(name, "running", rows=rows)
+        if "early_terminate" in self.sweep:
+            if name in [run.name for run in self._search.stop_runs(self.sweep, self._as_runs(self.trials()))]:
+                share = f"{len(rows)} of {constants(self.sweep)['evaluations']}"
+                request.ask("stopped", f"by Hyperband, {rows[-1][METRIC]:.3f} after evaluation {share}")
+
+    def run_next(self, corpus, interrupt):
+        """Claims and runs one trial; its name and Outcome, or None if there is nothing to do."""
+        claimed = self.claim()
+        if claimed is None:
+            return None
+        trial, lease = claimed
+        name, request = trial["name"], Request()
+        note = functools.partial(self._note_evaluation, name, request)
+        say(f"trial {name}: {describe_parameters(trial['parameters'], self.sweep)}")
+        job = Job(name, trial["parameters"], self.folder / f"trial-{name}", request, on_evaluation=note)
+        successor = lease.with_suffix(f".lease-{int(lease.suffix.removeprefix('.lease-')) + 1}")
+        with Lease(lease, successor, request, self._seconds), open_offline_run(self, job) as offline:
+            outcome = offline(run_trial(job, corpus, interrupt))
+        if outcome.state != "lost":
+            self.write(name, *outcome)
+        return name, outcome
+
+    def waits(self):
+        """Whether other workers have trials in hand that may yet come back."""
+        return any(trial["state"] in ("running", "interrupted") for trial in self.trials())
+
+    def work(self, corpus, count=0, give_up=0):
+        """Runs trials until the sweep is over, `count` are done, `give_up` in a row have failed, or Ctrl-C."""
+        failures, ran, waiting = 0, 0, False
+        with common.deferred_interrupt() as interrupt:
+            while not interrupt.requested and not (count and ran >= count):
+                done = self.run_next(corpus, interrupt)
+                if done is None:
+                    if not self.waits():
+                        return
+                    if not waiting:
+                        say("waiting for the trials of other workers, should one of them be left behind")
+                    waiting = True
+                    time.sleep(min(5.0, self._seconds / 6))
+                    continue
+                ran, waiting = ran + 1, False
+                say(f"trial {done[0]}: {describe_outcome(done[1])}")
+                failures = failures + 1 if done[1].state == "failed" else 0
+                require(not give_up or failures < give_up, "failed trials in a row", failures, GIVE_UP)
+
+
+GIVE_UP = "the fault is hardly in the settings: the reasons stand in the table; --give_up 0 goes on all the same"
+
+
+@contextlib.contextmanager
+def open_offline_run(backend, job):
+    """Yields what takes the Outcome; here nothing is done with it."""
+    yield lambda outcome: outcome
+
+
+def describe_parameters(parameters, sweep):
+    """The swept values in one line."""
+    return ", ".join(f"{name} {show(parameters.get(name))}" for name in swept(sweep))
+
+
+def describe_outcome(outcome):
+    """An Outcome in one line."""
+    return outcome.state + (f": {outcome.reason}" if outcome.reason else "")
+
+
+def show(value):
+    """A value in at most a few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+# %% [markdown]
+# ## What came out
+#
+# One row per trial, sorted by bits per byte. The table says what the trials had in common, tokens or FLOPs, since a
+# ranking of model sizes means nothing without it; a trial that was stopped early stands with the score it had then.
+
+
+# %%
+def tabulate(backend):
+    """Rows of a table, best first: trial, state, val_bpb or None, steps, tokens, flops, swept values and reason."""
+    rows = [tabulate_trial(trial, backend.sweep) for trial in backend.trials()]
+    return sorted(rows, key=lambda row: math.inf if row[METRIC] is None else row[METRIC])
+
+
+def tabulate_trial(trial, sweep):
+    """One row of the table."""
+    best = min((row[METRIC] for row in trial["rows"]), default=None)
+    steps = max((row["step"] for row in trial["rows"]), default=0)
+    row = {"trial": trial["name"], "state": trial["state"], METRIC: best, "steps": steps, "tokens": 0, "flops": 0.0}
+    with contextlib.suppress(UserError, KeyError):  # what could not be built has not trained
+        config = trial_config(trial["parameters"])
+        row["tokens"] = steps * config.total_batch_size * config.seq_len
+        row["flops"] = row["tokens"] * train.flops_per_token(config)
+    values = {name: trial["parameters"].get(name) for name in swept(sweep)}
+    return {**row, **values, "reason": trial["reason"]}
+
+
+def describe_table(rows, sweep):
+    """The table as text, below a line that says what was equal."""
+    fixed, names = constants(sweep), swept(sweep)
+    size = f"{fixed['budget_size']:,.0f} tokens" if fixed["budget"] == "tokens" else f"{fixed['budget_size']:.3g} FLOPs"
+    heads = ["trial", "state", METRIC, "steps", "tokens", "FLOPs", *names, ""]
+    body = [
+        [
+            *(row["trial"], row["state"], "" if row[METRIC] is None else f"{row[METRIC]:.4f}", str(row["steps"])),
+            *(f"{row['tokens'] / 1e6:.2f}M", f"{row['flops']:.2e}"),
+            *(show(row[name]) for name in names),
+            row["reason"],
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [heads, *body]]
+    return "\n".join([f"{sweep['name']}: equal {fixed['budget']}, {size} a trial", *(line.rstrip() for line in lines)])
+
+
+def write_table(rows, path):
+    """The table as a CSV file."""
+    with common.atomic_write(path) as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def best_config(backend):
+    """The Config of the best trial that ran to its end, ready for 02; UserError if there is none."""
+    names = {trial["name"]: trial["parameters"] for trial in backend.trials()}
+    done = [row for row in tabulate(backend) if row["state"] == "finished"]
+    require(done, "sweep", backend.sweep["name"], "no trial has finished yet: run more of them")
+    return trial_config(names[done[0]["trial"]])
+
+
+# %%
+def plot_sweep(trials, rows, sweep, path):
+    """Writes a picture: the score against each swept parameter, and the learning curves; hollow: stopped early."""
+    from matplotlib.figure import Figure
+
+    names, by_name = list(swept(sweep)), {trial["name"]: trial for trial in trials}
+    scored = [row for row in rows if row[METRIC] is not None]
+    across = min(3, len(names) + 1)
+    down = math.ceil((len(names) + 1) / across)
+    figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
+    figure.suptitle(f"{sweep['name']}: equal {constants(sweep)['budget']}")
+    curves, *panels = figure.subplots(down, across, squeeze=False).flat
+    for panel, name in itertools.zip_longest(panels, names):
+        if name is None:
+            panel.axis("off")
+            continue
+        plot_parameter(panel, name, scored, "log" in sweep["parameters"][name].get("distribution", ""))
+    for i, row in enumerate(scored):
+        points = by_name[row["trial"]]["rows"]
+        shade = {"color": "tab:red", "linewidth": 2, "zorder": 3} if i == 0 else {"color": "tab:blue", "alpha": 0.4}
+        per_step = row["tokens"] / row["steps"] / 1e6
+        curves.plot([p["step"] * per_step for p in points], [p[METRIC] for p in points], ".-", **shade)
+    curves.set(xlabel="million tokens", ylabel="bits per byte, held out")
+    curves.grid(alpha=0.3)
+    with common.atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def plot_parameter(panel, name, rows, logarithmic):
+    """One panel: the score of each trial against one parameter, the best in red."""
+    for i, row in enumerate(rows):
+        color = "tab:red" if i == 0 else "tab:blue"
+        filled = color if row["state"] == "finished" else "none"
+        panel.plot([row[name]], [row[METRIC]], "o", color=color, markerfacecolor=filled)
+    panel.set(xlabel=name, xscale="log" if logarithmic else "linear")
+    if all(isinstance(row[name], int) for row in rows):
+        panel.set_xticks(sorted({row[name] for row in rows}))
+    panel.grid(alpha=0.3)
+
+
+# %% [markdown]
+# ## Run
+
+# %%
+OVERRIDES = ""  # @param {type:"string"}
+
+
+def open_sweep(overrides):
+    """(backend, settings, corpus) of what the user set: makes the sweep or finds it, checks it and says what it is."""
+    given = common.parse_settings(Settings, common.Run, train.Config, overrides=overrides)
+    settings, run, fields = Settings(**given[0]), common.Run(**given[1]), given[2]
+    run, config = common.settle(run, train.Config, TRIALS, fields)
+    corpus = tok.get_corpus(run.data, run.num_shards)
+    sweep = make_sweep(settings, run, config, SPACES[run.preset], corpus)
+    check_sweep(sweep)
+    backend = LocalSweep(Path(run.out) / sweep["name"], sweep, settings.lease)
+    say(f"sweep: {backend.folder}, {backend.sweep['run_cap']} trials of equal {settings.budget}")
+    return backend, settings, corpus
+
+
+if __name__ == "__main__":
+    common.keep_compiled()
+    backend, settings, corpus = open_sweep(OVERRIDES)
+    backend.work(corpus, settings.count, settings.give_up)
+
+# %%
+if __name__ == "__main__":
+    rows = tabulate(backend)
+    print(describe_table(rows, backend.sweep))
+    write_table(rows, backend.folder / "results.csv")
+    plot_sweep(backend.trials(), rows, backend.sweep, backend.folder / "results.png")
