@@ -25,6 +25,7 @@
 # plain functions, are imported where they are used: without an account only `sweeps` is needed.
 
 # %%
+import _thread
 import contextlib
 import csv
 import dataclasses
@@ -38,6 +39,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -278,9 +280,8 @@ def attempt(job, corpus):
 
 
 def require_fit(config):
-    """Compiles the step and raises train.DoesNotFit, a UserError, if the device has no room for it."""
-    # Until 02 has it.
-    getattr(train, "preflight", lambda config: None)(config)
+    """Compiles the step for this device; train.DoesNotFit, a UserError, if there is no room for it. Returns its Fit."""
+    return getattr(train, "preflight", lambda config: None)(config)  # shim: until 02 has preflight
 
 
 # %%
@@ -311,8 +312,8 @@ def run_trial(job, corpus, interrupt=None):
     An exception thrown into the waiting thread ends the trial as stopped, a noted `interrupt` as interrupted.
     """
     done = []
-    work = functools.partial(attempt, job, corpus)
-    thread = threading.Thread(target=lambda: done.append(contain(work, job.request)), name="trial")
+    work = lambda: done.append(contain(functools.partial(attempt, job, corpus), job.request))
+    thread = threading.Thread(target=work, name="trial")
     thread.start()
     while not done:
         try:
@@ -324,7 +325,6 @@ def run_trial(job, corpus, interrupt=None):
         except Exception:
             job.request.ask("stopped", "by the sweep")
     thread.join()
-    del work
     gc.collect()
     jax.clear_caches()  # programs take room on the device, too; the cache on disk keeps them
     if done[0].state in ("finished", "stopped", "failed"):
@@ -349,7 +349,9 @@ def load_search():
         with warnings.catch_warnings(action="ignore"):  # pydantic's, on every import
             return importlib.import_module("sweeps")
     except ImportError as error:
-        raise UserError(f"sweeps cannot be imported ({error}): pip install sweeps, or sweep with --where wandb") from None
+        raise UserError(
+            f"sweeps cannot be imported ({error}): pip install sweeps, or sweep with --where wandb"
+        ) from None
 
 
 def create_whole(path, text):
@@ -405,8 +407,8 @@ class Lease:
 class LocalSweep:
     """A sweep in a folder: sweep.json; per trial NNNN.json, NNNN.lease-K and NNNN.result.json; trial-NNNN/ its run."""
 
-    def __init__(self, folder, sweep, lease=60.0):
-        self.folder, self._seconds, self._search = Path(folder), lease, load_search()
+    def __init__(self, folder, sweep, lease=60.0, give_up=0):
+        self.folder, self._seconds, self._give_up, self._search = Path(folder), lease, give_up, load_search()
         self.folder.mkdir(parents=True, exist_ok=True)
         create_whole(self.folder / "sweep.json", json.dumps(sweep, indent=2) + "\n")
         self.sweep = read_json(self.folder / "sweep.json")
@@ -500,18 +502,25 @@ class LocalSweep:
         say(f"trial {name}: {describe_parameters(trial['parameters'], self.sweep)}")
         job = Job(name, trial["parameters"], self.folder / f"trial-{name}", request, on_evaluation=note)
         successor = lease.with_suffix(f".lease-{int(lease.suffix.removeprefix('.lease-')) + 1}")
-        with Lease(lease, successor, request, self._seconds), open_offline_run(self, job) as offline:
-            outcome = offline(run_trial(job, corpus, interrupt))
+        with Lease(lease, successor, request, self._seconds):
+            outcome = self._run(job, corpus, interrupt)
         if outcome.state != "lost":
             self.write(name, *outcome)
         return name, outcome
+
+    def _run(self, job, corpus, interrupt):
+        if os.environ.get("WANDB_MODE") != "offline":
+            return run_trial(job, corpus, interrupt)
+        names = {"project": "onechip", "group": self.sweep["name"], "config": job.parameters, "dir": self.folder}
+        run = load_wandb().init(id=f"{self.sweep['name']}-{job.name}", resume="allow", **names)
+        return run_recorded(run, job, corpus, interrupt)
 
     def waits(self):
         """Whether other workers have trials in hand that may yet come back."""
         return any(trial["state"] in ("running", "interrupted") for trial in self.trials())
 
-    def work(self, corpus, count=0, give_up=0):
-        """Runs trials until the sweep is over, `count` are done, `give_up` in a row have failed, or Ctrl-C."""
+    def work(self, corpus, count=0):
+        """Runs trials until the sweep is over, `count` are done, too many in a row have failed, or Ctrl-C."""
         failures, ran, waiting = 0, 0, False
         with common.deferred_interrupt() as interrupt:
             while not interrupt.requested and not (count and ran >= count):
@@ -527,16 +536,10 @@ class LocalSweep:
                 ran, waiting = ran + 1, False
                 say(f"trial {done[0]}: {describe_outcome(done[1])}")
                 failures = failures + 1 if done[1].state == "failed" else 0
-                require(not give_up or failures < give_up, "failed trials in a row", failures, GIVE_UP)
+                require(not self._give_up or failures < self._give_up, "failed trials in a row", failures, GIVE_UP)
 
 
 GIVE_UP = "the fault is hardly in the settings: the reasons stand in the table; --give_up 0 goes on all the same"
-
-
-@contextlib.contextmanager
-def open_offline_run(backend, job):
-    """Yields what takes the Outcome; here nothing is done with it."""
-    yield lambda outcome: outcome
 
 
 def describe_parameters(parameters, sweep):
@@ -552,6 +555,153 @@ def describe_outcome(outcome):
 def show(value):
     """A value in at most a few characters."""
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+# %% [markdown]
+# ## With wandb
+#
+# wandb's server proposes, stops and counts; any number of workers ask it. Its agent runs each trial as a function in a
+# thread, and three of its habits decide what that function does. It stops an agent after three errors in a minute, so a
+# failed trial is marked as failed but raises nothing. It hands a run out again only if the run was marked as preempting
+# and then fell silent or left with an exit code: so every trial is marked, once it is known to fit, and what fails
+# after that leaves with 0, its state and reason in the summary, for otherwise it would come back for ever. And it counts
+# whatever is logged: a run that comes back logs no evaluation twice.
+
+
+# %%
+def load_wandb():
+    """wandb, with its files below runs/ and its key from the environment or Colab's secrets; UserError without it."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError(f"wandb cannot be imported ({error}): pip install wandb, or sweep with --where local") from None
+    if key := common.read_secret("WANDB_API_KEY"):
+        os.environ["WANDB_API_KEY"] = key  # where its own process looks
+    return wandb
+
+
+def run_recorded(run, job, corpus, interrupt=None):
+    """Runs a Job with its evaluations and its Outcome recorded in an open wandb run, which is finished; the Outcome."""
+    run.define_metric("trained_steps")
+    run.define_metric("*", step_metric="trained_steps")
+    known = [run.summary.get("trained_steps", 0) if run.resumed else 0]  # what wandb has from before
+    started = []
+
+    def start(config):
+        started.append(run.mark_preempting())
+        job.on_start(config)
+
+    def log(rows):
+        for row in rows:
+            if row["step"] > known[0]:
+                run.log({"trained_steps": row["step"], METRIC: row[METRIC], "val_loss": row["val_loss"]})
+                known[0] = row["step"]
+        job.on_evaluation(rows)
+
+    outcome = run_trial(job._replace(on_start=start, on_evaluation=log), corpus, interrupt)
+    if outcome.state == "interrupted" and not started:
+        run.mark_preempting()
+    run.summary.update({"outcome": outcome.state, "reason": outcome.reason})
+    if outcome.state == "failed":
+        run.tags = (*(run.tags or ()), "failed")
+    again = outcome.state in ("interrupted", "lost")
+    run.finish(exit_code=1 if again or (outcome.state == "failed" and not started) else 0)
+    return outcome
+
+
+class WandbSweep:
+    """A sweep on wandb's server, which `path`, entity/project/id, names."""
+
+    def __init__(self, path, folder, give_up=0):
+        self._wandb, self.path, self.folder = load_wandb(), path, Path(folder)
+        self.sweep = self._find().config
+        self.sweep.setdefault("name", path.rpartition("/")[2])
+        self._give_up, self._failures = give_up, 0
+
+    def _find(self):
+        try:
+            return self._wandb.Api().sweep(self.path)
+        except Exception as error:  # wandb's and the network's
+            raise UserError(f"sweep={self.path!r}: wandb does not find it ({common.first_line(error)})") from None
+
+    def _run_one(self, corpus, interrupt):
+        run = self._wandb.init(resume="allow")  # the agent has set the id, and what to try
+        parameters = dict(run.config)
+        say(f"trial {run.id}: {describe_parameters(parameters, self.sweep)}")
+        job = Job(run.id, parameters, self.folder / f"trial-{run.id}", Request())
+        outcome = run_recorded(run, job, corpus, interrupt)
+        say(f"trial {run.id}: {describe_outcome(outcome)}")
+        self._failures = self._failures + 1 if outcome.state == "failed" else 0
+        if self._give_up and self._failures >= self._give_up:
+            _thread.interrupt_main()  # the only way to end the agent from here
+
+    def work(self, corpus, count=0):
+        """Runs an agent until the sweep is over, `count` trials are done, too many have failed, or Ctrl-C."""
+        with noting_interrupt() as interrupt:
+            entity, project, name = self.path.split("/")
+            run_one = functools.partial(self._run_one, corpus, interrupt)
+            self._wandb.agent(name, run_one, entity=entity, project=project, count=count or None)
+        failures = self._failures
+        require(not self._give_up or failures < self._give_up, "failed trials in a row", failures, GIVE_UP)
+
+    def trials(self):
+        """[{"name", "parameters", "state", "reason", "rows"}, ...] of all trials."""
+        return [self._describe(run) for run in self._find().runs]
+
+    def _describe(self, run):
+        keys = ["trained_steps", METRIC]
+        history = run.history(samples=1000, keys=keys, pandas=False)  # all there are: one per evaluation
+        rows = [{"step": int(row[keys[0]]), METRIC: row[METRIC]} for row in history]
+        summary = dict(run.summary)
+        state, reason = summary.get("outcome", run.state), summary.get("reason", "")
+        return {"name": run.id, "parameters": dict(run.config), "state": state, "reason": reason, "rows": rows}
+
+    def record(self, rows, picture):
+        """Puts the table and the picture into a run of their own, beside the sweep's."""
+        entity, project, name = self.path.split("/")
+        names = {"entity": entity, "project": project, "id": f"results-{name}", "name": f"results of {name}"}
+        with self._wandb.init(resume="allow", job_type="results", **names) as run:
+            columns = list(rows[0])
+            table = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+            run.log({"results": table, "picture": self._wandb.Image(str(picture))})
+
+
+@contextlib.contextmanager
+def noting_interrupt():
+    """Notes SIGINT and SIGTERM in `.requested` and raises KeyboardInterrupt: the agent ends, the trial knows why."""
+    noted = Noted()
+
+    def note(signum, frame):
+        noted.requested = True
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Noted:
+    """Whether the worker was asked to stop."""
+
+    requested = False
+
+
+def create_online(sweep, project, folder):
+    """The path, entity/project/id, of this sweep on wandb's server: made there, unless this machine remembers it."""
+    note = Path(folder) / "wandb_sweep.txt"  # so that Run all after a disconnect makes no second one
+    if note.exists():
+        return note.read_text().strip()
+    wandb = load_wandb()
+    name = wandb.sweep(sweep, project=project)
+    path = f"{os.environ.get('WANDB_ENTITY') or wandb.Api().default_entity}/{project}/{name}"
+    with common.atomic_write(note) as part:
+        part.write_text(path + "\n")
+    say(f"sweep: {path}; other workers join it with --sweep {path}")
+    return path
 
 
 # %% [markdown]
@@ -658,32 +808,125 @@ def plot_parameter(panel, name, rows, logarithmic):
 
 # %% [markdown]
 # ## Run
+#
+# Without a key this sweeps on this machine; with one, and on more than a laptop, wandb holds the sweep. Its id is
+# printed: in every other Colab, and in this one on another day, write `"--sweep ENTITY/PROJECT/ID"` into `OVERRIDES`.
+# The same cells run again go on with the same sweep. A sweep remembers commit and data; a worker whose own are others
+# refuses to mix its trials in.
+
+
+# %%
+def choose_place(settings, run):
+    """wandb or local, and why, in a line."""
+    require(settings.where in ("", "wandb", "local"), "where", settings.where, "use wandb or local")
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    key = bool(settings.where or settings.sweep or common.read_secret("WANDB_API_KEY"))
+    place = settings.where or ("wandb" if settings.sweep or (key and online and run.preset != "laptop") else "local")
+    because = "as set" if settings.where or settings.sweep else "as there is no key" if not key else ""
+    because = because or ("as there is a key" if place == "wandb" else f"as the preset is {run.preset}")
+    say(f"trials: handed out by {'wandb' if place == 'wandb' else 'a folder on this machine'}, {because}")
+    return place
+
+
+def full_path(name, project):
+    """entity/project/id of a sweep that was named by its id alone, or by all three."""
+    parts = name.strip().strip("/").split("/")
+    require(len(parts) in (1, 3) and all(parts), "sweep", name, "give its id, or entity/project/id")
+    return "/".join(parts if len(parts) == 3 else [load_wandb().Api().default_entity, project, *parts])
+
+
+def check_version(sweep, corpus, any_version):
+    """Raises UserError where commit or data are not those that the sweep was made with."""
+    made, here = constants(sweep), {"commit": common.git_commit() or ""}
+    here |= {"data_name": corpus.name, "data_revision": corpus.revision}
+    for name, value in here.items():
+        if made[name] != value and any_version:
+            say(f"{name}: the sweep was made with {made[name]!r}, here it is {value!r}; going on, as set")
+        else:
+            remedy = f"the sweep was made with {made[name]!r}; use that (REF), or set --any_version true"
+            require(made[name] == value, name, value, remedy)
+
+
+def open_sweep(overrides):
+    """(backend, settings, corpus) of what the user set: makes the sweep or finds it, checks it, says what it is."""
+    given = common.parse_settings(Settings, common.Run, train.Config, overrides=overrides)
+    settings, asked, fields = Settings(**given[0]), common.Run(**given[1]), given[2]
+    run, config = common.settle(asked, train.Config, TRIALS, fields)
+    place, out = choose_place(settings, run), Path(run.out)
+    os.environ.setdefault("WANDB_DIR", str(out))
+    if settings.sweep:
+        path = full_path(settings.sweep, settings.project)
+        backend = WandbSweep(path, out / path.rpartition("/")[2], settings.give_up)
+        made = constants(backend.sweep)
+        corpus = tok.get_corpus(asked.data or made["data"] or run.data, made["num_shards"])
+    else:
+        corpus = tok.get_corpus(run.data, run.num_shards)
+        sweep = make_sweep(settings, run, config, SPACES[run.preset], corpus)
+        check_sweep(sweep)
+        folder = out / sweep["name"]
+        if place == "wandb":
+            backend = WandbSweep(create_online(sweep, settings.project, folder), folder, settings.give_up)
+        else:
+            backend = LocalSweep(folder, sweep, settings.lease, settings.give_up)
+    check_version(backend.sweep, corpus, settings.any_version)
+    return backend, settings, corpus
+
+
+def describe_cost(backend):
+    """What the sweep holds and, where the step's time is known, what it costs at most."""
+    configs, cap = check_sweep(backend.sweep), backend.sweep["run_cap"]
+    line = f"sweep: {backend.folder}: {cap} trials of equal {constants(backend.sweep)['budget']} over "
+    line += ", ".join(swept(backend.sweep))
+    if "TPU" not in jax.local_devices()[0].device_kind:
+        return line
+    middle = configs[len(configs) // 2]
+    seconds = require_fit(middle).step_seconds
+    hours = seconds * middle.num_iterations * cap / 3600
+    return f"{line}\nat {seconds:.2f} s a step, as estimated: {hours:.1f} chip hours, less what is stopped early"
+
 
 # %%
 OVERRIDES = ""  # @param {type:"string"}
 
-
-def open_sweep(overrides):
-    """(backend, settings, corpus) of what the user set: makes the sweep or finds it, checks it and says what it is."""
-    given = common.parse_settings(Settings, common.Run, train.Config, overrides=overrides)
-    settings, run, fields = Settings(**given[0]), common.Run(**given[1]), given[2]
-    run, config = common.settle(run, train.Config, TRIALS, fields)
-    corpus = tok.get_corpus(run.data, run.num_shards)
-    sweep = make_sweep(settings, run, config, SPACES[run.preset], corpus)
-    check_sweep(sweep)
-    backend = LocalSweep(Path(run.out) / sweep["name"], sweep, settings.lease)
-    say(f"sweep: {backend.folder}, {backend.sweep['run_cap']} trials of equal {settings.budget}")
-    return backend, settings, corpus
-
-
 if __name__ == "__main__":
     common.keep_compiled()
     backend, settings, corpus = open_sweep(OVERRIDES)
-    backend.work(corpus, settings.count, settings.give_up)
+    print(describe_cost(backend))
+
+# %% [markdown]
+# The worker. Run this cell again for more trials; on a second Colab the same two cells, with the sweep's id, are a
+# second worker.
 
 # %%
 if __name__ == "__main__":
-    rows = tabulate(backend)
+    backend.work(corpus, settings.count)
+
+# %% [markdown]
+# ## Look
+#
+# The best is in red; what was stopped early is hollow. A best value at the edge of its range asks for a wider range,
+# and a panel with no slope for a parameter that need not be swept. The winner goes to 02 as it is, or by the line
+# below, at the length that a real run has.
+
+
+# %%
+def show_results(backend):
+    """Prints the table and saves it as results.csv, draws results.png, and puts both into wandb where the sweep is."""
+    rows, picture = tabulate(backend), backend.folder / "results.png"
+    require(rows, "sweep", backend.sweep["name"], "has no trial yet")
     print(describe_table(rows, backend.sweep))
     write_table(rows, backend.folder / "results.csv")
-    plot_sweep(backend.trials(), rows, backend.sweep, backend.folder / "results.png")
+    plot_sweep(backend.trials(), rows, backend.sweep, picture)
+    say(f"left in {backend.folder}: results.csv, results.png, and a folder for each trial")
+    if hasattr(backend, "record"):
+        backend.record(rows, picture)
+    if common.in_notebook():
+        from IPython.display import Image, display
+
+        display(Image(filename=str(picture), width=900))
+
+
+if __name__ == "__main__":
+    show_results(backend)
+    best = best_config(backend)
+    print("best: uv run 02_train.py", *(f"--{name} {getattr(best, name)}" for name in swept(backend.sweep)))
