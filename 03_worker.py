@@ -1,5 +1,23 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   colab:
+#     gpuType: V6E1
+#     machine_shape: hm
+#     provenance: []
+#   jupytext:
+#     notebook_metadata_filter: accelerator,colab
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
-# <!-- badge -->
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/onechip/onechip/blob/main/notebooks/03_worker.ipynb)
 # # Sweep on as many Colabs as you have, and on none
 #
 # A sweep tries settings of 02's trainer, learns from each trial which to try next, and stops the hopeless ones early.
@@ -13,10 +31,60 @@
 # | where | needs | trials | time | cost |
 # |---|---|---|---|---|
 # | laptop, two cores | no account, no network | 6 of 0.1M tokens | 4 minutes | nothing |
-# | Colab, TPU v6e, any number of them | a wandb account (or a shared folder) | 30 of 131M tokens | 12 minutes a trial | compute units |
+# | Colabs, TPU v6e | a wandb account, or a shared folder | 30 of 131M tokens | 12 minutes each | compute units |
 
-# %%
-# OPENING CELL
+# %% cellView="form"
+# @title Opening cell, the same in every notebook
+# On Colab: fetches the sibling files, installs what the image lacks, looks for the TPU. Elsewhere: finds the siblings.
+REPOSITORY = "https://github.com/onechip/onechip"
+REF = "main"  # @param {type:"string"}
+# @markdown REF is the version of the sibling files: a branch, a tag or a full commit hash.
+
+
+def open_notebook(repository, ref):
+    """Makes the sibling files importable, without touching any package that is already installed."""
+    import importlib.metadata
+    import os
+    import subprocess
+    import sys
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    repository, ref = os.environ.get("ONECHIP_REPO", repository), os.environ.get("ONECHIP_REF", ref)
+    on_colab = find_spec("google") is not None and find_spec("google.colab") is not None
+    clone = Path(f"onechip-{ref}".replace("/", "-")).resolve()  # named after the ref: another ref, another folder
+    folders = [f for f in (Path.cwd(), Path.cwd().parent, clone) if (f / "01_tokenizer.py").exists()]
+    if not folders and not on_colab:
+        raise RuntimeError(f"no 01_tokenizer.py here or one folder up: open this notebook in a clone of {repository}")
+    if not folders:
+        clone.mkdir(exist_ok=True)
+        # fetch, not clone --branch: that takes no commit hash
+        for step in (["init"], ["fetch", "--depth", "1", repository, ref], ["checkout", "FETCH_HEAD"]):
+            command, asking = ["git", "-C", clone, step[0], "-q", *step[1:]], {"GIT_TERMINAL_PROMPT": "0"}
+            git = subprocess.run(command, capture_output=True, text=True, env=os.environ | asking)
+            if git.returncode:
+                raise RuntimeError(f"cannot fetch {ref!r} of {repository}: {git.stderr.strip().partition(chr(10))[0]}")
+    sys.path.insert(0, str((folders or [clone])[0]))
+    if on_colab:
+        if missing := [name for name in ("tensorboard", "xprof", "wandb", "sweeps") if find_spec(name) is None]:
+            # Each installed version is a constraint, so that pip adds packages and replaces none.
+            installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
+            pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]
+            if subprocess.run(pip, input=installed, text=True).returncode:
+                print(f"Going on without {', '.join(missing)}: pip could not install them beside what is here.")
+        import common  # noqa: F401  (before jax: it keeps a libtpu that has no TPU quiet)
+
+        # isort: split
+        import jax
+
+        if jax.default_backend() != "tpu":
+            print("=" * 80, f"NO TPU: JAX found only {jax.default_backend().upper()}.", sep="\n")
+            print("Choose Runtime > Change runtime type > v6e-1 TPU, then Run all again. Going on without one.")
+            print("=" * 80)
+
+
+if "__file__" not in globals():  # a kernel only: scripts and imports find their siblings by themselves
+    open_notebook(REPOSITORY, REF)
 
 # %% [markdown]
 # ## Setup
@@ -381,19 +449,24 @@ def read_json(path):
 
 
 class Lease:
-    """Keeps a lease's time stamp fresh in a thread; asks the trial to end if another worker has taken it over."""
+    """Keeps a lease's time stamp fresh in a thread; asks the trial to end if another worker has created the next."""
 
-    def __init__(self, path, successor, request, seconds):
-        self._path, self._successor, self._request, self._pause = path, successor, request, seconds / 6
-        self._stop = threading.Event()
+    def __init__(self, path, request, seconds):
+        self._path, self._request, self._pause = path, request, seconds / 6
+        number = int(path.suffix.removeprefix(".lease-"))
+        self._next, self._stop = path.with_suffix(f".lease-{number + 1}"), threading.Event()
         self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
 
+    def is_lost(self):
+        """Whether another worker has taken the trial over; then its request says so."""
+        if lost := self._next.exists():
+            self._request.ask("lost", "another worker has taken it over")
+        return lost
+
     def _work(self):
-        while not self._stop.wait(self._pause):
+        while not self._stop.wait(self._pause) and not self.is_lost():
             with contextlib.suppress(OSError):  # a shared folder that is away for a moment
                 os.utime(self._path)
-            if self._successor.exists():
-                self._request.ask("lost", "another worker has taken it over")
 
     def __enter__(self):
         self._thread.start()
@@ -413,6 +486,8 @@ class LocalSweep:
         create_whole(self.folder / "sweep.json", json.dumps(sweep, indent=2) + "\n")
         self.sweep = read_json(self.folder / "sweep.json")
         require(self.sweep, "sweep", str(self.folder / "sweep.json"), "cannot be read: use another --name")
+        if self.sweep != json.loads(json.dumps(sweep)):
+            say(f"sweep: {self.folder} holds one that was made with other settings; going on with it as it was made")
 
     def trials(self):
         """[{"name", "parameters", "state", "reason", "rows"}, ...] of all trials, in their order."""
@@ -481,10 +556,13 @@ class LocalSweep:
                 sampledHistory=[{METRIC: row[METRIC]} for row in trial["rows"]],
             )
             for trial in trials
+            if trial["parameters"]
         ]
 
-    def _note_evaluation(self, name, request, rows):
+    def _note_evaluation(self, name, lease, request, rows):
         """Keeps a running trial's rows and asks Hyperband whether it should go on."""
+        if lease.is_lost():
+            return
         self.write(name, "running", rows=rows)
         if "early_terminate" in self.sweep:
             if name in [run.name for run in self._search.stop_runs(self.sweep, self._as_runs(self.trials()))]:
@@ -496,13 +574,13 @@ class LocalSweep:
         claimed = self.claim()
         if claimed is None:
             return None
-        trial, lease = claimed
+        trial, path = claimed
         name, request = trial["name"], Request()
-        note = functools.partial(self._note_evaluation, name, request)
+        lease = Lease(path, request, self._seconds)
+        note = functools.partial(self._note_evaluation, name, lease, request)
         say(f"trial {name}: {describe_parameters(trial['parameters'], self.sweep)}")
         job = Job(name, trial["parameters"], self.folder / f"trial-{name}", request, on_evaluation=note)
-        successor = lease.with_suffix(f".lease-{int(lease.suffix.removeprefix('.lease-')) + 1}")
-        with Lease(lease, successor, request, self._seconds):
+        with lease:
             outcome = self._run(job, corpus, interrupt)
         if outcome.state != "lost":
             self.write(name, *outcome)
@@ -564,8 +642,8 @@ def show(value):
 # thread, and three of its habits decide what that function does. It stops an agent after three errors in a minute, so a
 # failed trial is marked as failed but raises nothing. It hands a run out again only if the run was marked as preempting
 # and then fell silent or left with an exit code: so every trial is marked, once it is known to fit, and what fails
-# after that leaves with 0, its state and reason in the summary, for otherwise it would come back for ever. And it counts
-# whatever is logged: a run that comes back logs no evaluation twice.
+# after that leaves with 0, its state and reason in the summary, for otherwise it would come back for ever. And it
+# counts whatever is logged: a run that comes back logs no evaluation twice.
 
 
 # %%
@@ -612,10 +690,11 @@ def run_recorded(run, job, corpus, interrupt=None):
 class WandbSweep:
     """A sweep on wandb's server, which `path`, entity/project/id, names."""
 
-    def __init__(self, path, folder, give_up=0):
-        self._wandb, self.path, self.folder = load_wandb(), path, Path(folder)
+    def __init__(self, path, out, give_up=0):
+        self._wandb, self.path = load_wandb(), path
         self.sweep = self._find().config
         self.sweep.setdefault("name", path.rpartition("/")[2])
+        self.folder = Path(out) / self.sweep["name"]  # of the sweep's name: whoever made it finds its trials there
         self._give_up, self._failures = give_up, 0
 
     def _find(self):
@@ -773,7 +852,7 @@ def plot_sweep(trials, rows, sweep, path):
 
     names, by_name = list(swept(sweep)), {trial["name"]: trial for trial in trials}
     scored = [row for row in rows if row[METRIC] is not None]
-    across = min(3, len(names) + 1)
+    across = min(4, len(names) + 1)
     down = math.ceil((len(names) + 1) / across)
     figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
     figure.suptitle(f"{sweep['name']}: equal {constants(sweep)['budget']}")
@@ -856,7 +935,7 @@ def open_sweep(overrides):
     os.environ.setdefault("WANDB_DIR", str(out))
     if settings.sweep:
         path = full_path(settings.sweep, settings.project)
-        backend = WandbSweep(path, out / path.rpartition("/")[2], settings.give_up)
+        backend = WandbSweep(path, out, settings.give_up)
         made = constants(backend.sweep)
         corpus = tok.get_corpus(asked.data or made["data"] or run.data, made["num_shards"])
     else:
@@ -865,7 +944,7 @@ def open_sweep(overrides):
         check_sweep(sweep)
         folder = out / sweep["name"]
         if place == "wandb":
-            backend = WandbSweep(create_online(sweep, settings.project, folder), folder, settings.give_up)
+            backend = WandbSweep(create_online(sweep, settings.project, folder), out, settings.give_up)
         else:
             backend = LocalSweep(folder, sweep, settings.lease, settings.give_up)
     check_version(backend.sweep, corpus, settings.any_version)
@@ -877,12 +956,13 @@ def describe_cost(backend):
     configs, cap = check_sweep(backend.sweep), backend.sweep["run_cap"]
     line = f"sweep: {backend.folder}: {cap} trials of equal {constants(backend.sweep)['budget']} over "
     line += ", ".join(swept(backend.sweep))
-    if "TPU" not in jax.local_devices()[0].device_kind:
-        return line
     middle = configs[len(configs) // 2]
-    seconds = require_fit(middle).step_seconds
-    hours = seconds * middle.num_iterations * cap / 3600
-    return f"{line}\nat {seconds:.2f} s a step, as estimated: {hours:.1f} chip hours, less what is stopped early"
+    if "TPU" not in jax.local_devices()[0].device_kind or not (fit := require_fit(middle)) or not fit.step_seconds:
+        return line
+    hours = fit.step_seconds * middle.num_iterations * cap / 3600
+    return (
+        f"{line}\nat {fit.step_seconds:.2f} s a step, as estimated: {hours:.1f} chip hours, less what is stopped early"
+    )
 
 
 # %%

@@ -11,7 +11,8 @@ _MODEL = (
     "--device_batch_size 2 --total_batch_size 256 --num_iterations 5"
 )
 # The smallest run of each notebook that still passes through all of it.
-TINY = {"01_tokenizer": "--vocab_size 512", "02_train": _MODEL}
+_SWEEP = "--total_batch_size 8 --num_iterations 4 --eval_tokens 1024 --loss_slice 512 --evaluations 2 --run_cap 2"
+TINY = {"01_tokenizer": "--vocab_size 512", "02_train": _MODEL, "03_worker": f"{_MODEL} {_SWEEP}"}
 
 
 def set_overrides(notebook, flags):
