@@ -30,7 +30,7 @@
 #
 # | where | needs | trials | time | cost |
 # |---|---|---|---|---|
-# | laptop, two cores | no account, no network | 6 of 0.1M tokens | 4 minutes | nothing |
+# | laptop, two cores | no account, no network | 6 of 0.1M tokens | a minute of CPU time each | nothing |
 # | Colabs, TPU v6e | a wandb account, or a shared folder | 30 of 131M tokens | 12 minutes each | compute units |
 
 # %% cellView="form"
@@ -422,12 +422,17 @@ def load_search():
         ) from None
 
 
+def beside(path):
+    """A path that no other worker uses, for what is to become `path`."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}")
+
+
 def create_whole(path, text):
     """Creates a file with its content if there is none of that name; whether it did. One of many callers does."""
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}")
-    beside.write_text(text)
+    draft = beside(path)
+    draft.write_text(text)
     try:
-        os.link(beside, path)
+        os.link(draft, path)
         return True
     except FileExistsError:
         return False
@@ -437,7 +442,7 @@ def create_whole(path, text):
             return True
         return False
     finally:
-        beside.unlink()
+        draft.unlink()
 
 
 def read_json(path):
@@ -512,7 +517,7 @@ class LocalSweep:
         leases = self._leases(trial["name"])
         if trial["state"] == "interrupted" or not leases:
             return True
-        probe = self.folder / f".now-{socket.gethostname()}-{os.getpid()}"
+        probe = beside(self.folder / "now")
         probe.write_text("")
         age = probe.stat().st_mtime - leases[-1].stat().st_mtime
         probe.unlink()
