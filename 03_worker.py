@@ -128,7 +128,7 @@ tok = importlib.import_module("01_tokenizer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Worker:
     """What this worker does, and, where it makes the sweep, what the sweep is."""
 
     where: str = setting("", "wandb or local; empty: wandb where there is a key and the preset is not laptop")
@@ -415,7 +415,9 @@ def load_search():
     """The `sweeps` library; UserError where it is not installed."""
     try:
         with warnings.catch_warnings(action="ignore"):  # pydantic's, on every import
-            return importlib.import_module("sweeps")
+            import sweeps
+
+            return sweeps
     except ImportError as error:
         raise UserError(
             f"sweeps cannot be imported ({error}): pip install sweeps, or sweep with --where wandb"
@@ -655,7 +657,7 @@ def show(value):
 def load_wandb():
     """wandb, with its files below runs/ and its key from the environment or Colab's secrets; UserError without it."""
     try:
-        wandb = importlib.import_module("wandb")
+        import wandb
     except ImportError as error:
         raise UserError(f"wandb cannot be imported ({error}): pip install wandb, or sweep with --where local") from None
     if key := common.read_secret("WANDB_API_KEY"):
@@ -933,8 +935,8 @@ def check_version(sweep, corpus, any_version):
 
 def open_sweep(overrides):
     """(backend, settings, corpus) of what the user set: makes the sweep or finds it, checks it, says what it is."""
-    given = common.parse_settings(Settings, common.Run, train.Config, overrides=overrides)
-    settings, asked, fields = Settings(**given[0]), common.Run(**given[1]), given[2]
+    given = common.parse_settings(Worker, common.Run, train.Config, overrides=overrides)
+    settings, asked, fields = Worker(**given[0]), common.Run(**given[1]), given[2]
     run, config = common.settle(asked, train.Config, TRIALS, fields)
     place, out = choose_place(settings, run), Path(run.out)
     os.environ.setdefault("WANDB_DIR", str(out))

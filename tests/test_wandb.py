@@ -25,7 +25,7 @@ sys.argv[0] = sys.argv.pop(1)
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-LONG = ["--num_iterations", "2000", "--evaluations", "10"]
+LONG = ["--num_iterations", "3000", "--evaluations", "10"]
 GOOD = {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_ratio": 0.1, "warmdown_ratio": 0.3, "n_head": 2}
 
 
@@ -68,6 +68,11 @@ def wait_for(condition, process, seconds=120):
 def scores(run):
     """[(trained steps, bits per byte), ...] as the server has them."""
     return [(row["trained_steps"], row["val_bpb"]) for row in run.history if "val_bpb" in row]
+
+
+def evaluations(folder, name):
+    """The rows of a trial's own metrics.jsonl that hold a score."""
+    return [row for run_dir in folder.glob(f"runs/*/trial-{name}") for row in worker.read_evaluations(run_dir)]
 
 
 def test_a_sweep_from_its_creation_to_its_results(server, tmp_path):
@@ -125,7 +130,8 @@ def test_an_agent_that_ends_in_a_trial_leaves_it_to_the_next(server, tmp_path, h
     server.silence = 3.0
     words = ["--where", "wandb", "--count", "1", *LONG]
     with started(server, tmp_path, *words) as process:
-        wait_for(lambda: "trial1" in server.runs and len(scores(server.runs["trial1"])) >= 2, process)
+        # By its own file: what the client has not sent by then must reach the server all the same, later.
+        wait_for(lambda: len(evaluations(tmp_path, "trial1")) >= 3, process)
         process.send_signal(how)
         process.wait(60)
         interrupted = process.log()
@@ -137,7 +143,7 @@ def test_an_agent_that_ends_in_a_trial_leaves_it_to_the_next(server, tmp_path, h
         printed = finish(process)
     assert "resuming: runs/sweep-" in printed and "/trial-trial1 goes on behind step" in printed
     assert list(server.runs) == ["trial1", "results-sweep1"] and run.starts >= 2
-    assert [step for step, _ in scores(run)] == [200 * i for i in range(1, 11)]
+    assert [step for step, _ in scores(run)] == [300 * i for i in range(1, 11)]
     assert run.summary["outcome"] == "finished" and run.exitcodes[-1] == 0
 
 

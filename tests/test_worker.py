@@ -57,7 +57,7 @@ def corpus():
 
 
 def make_sweep(corpus, space=SPACE, settings=(), **fields):
-    settings = worker.Settings(**dict(settings))
+    settings = worker.Worker(**dict(settings))
     run = common.Run(preset="laptop", data="offline", num_shards=1)
     return worker.make_sweep(settings, run, train.Config(**{**MODEL, **fields}), space, corpus)
 
@@ -103,7 +103,7 @@ def test_the_default_sweeps_can_be_made(corpus, preset):
     """Every combination of extremes of each preset's space is a Config; the names are what the sweep is about."""
     run = common.Run(preset=preset, data="offline", num_shards=1)
     config = train.Config(**worker.TRIALS[preset])
-    sweep = worker.make_sweep(worker.Settings(), run, config, worker.SPACES[preset], corpus)
+    sweep = worker.make_sweep(worker.Worker(), run, config, worker.SPACES[preset], corpus)
     assert len(worker.check_sweep(sweep)) >= 96
     assert set(worker.swept(sweep)) == set(worker.SPACE)
     assert sweep["parameters"]["data_revision"] == {"value": corpus.revision}
