@@ -109,6 +109,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -384,13 +385,14 @@ def run_trial(job, corpus, interrupt=None):
     thread = threading.Thread(target=work, name="trial")
     thread.start()
     while not done:
+        thrown = False
         try:
             time.sleep(0.1)  # no lock: an exception that is thrown in here must not leave one taken
-            if interrupt and interrupt.requested:
-                job.request.ask("interrupted", "the worker was stopped")
-        except KeyboardInterrupt:
-            job.request.ask("interrupted", "the worker was stopped")
         except Exception:
+            thrown = True
+        if interrupt and interrupt.requested:  # first: wandb's agent passes an interrupt on as such an exception
+            job.request.ask("interrupted", "the worker was stopped")
+        elif thrown:
             job.request.ask("stopped", "by the sweep")
     thread.join()
     gc.collect()
@@ -597,8 +599,8 @@ class LocalSweep:
         if os.environ.get("WANDB_MODE") != "offline":
             return run_trial(job, corpus, interrupt)
         names = {"project": "onechip", "group": self.sweep["name"], "config": job.parameters, "dir": self.folder}
-        run = load_wandb().init(id=f"{self.sweep['name']}-{job.name}", resume="allow", **names)
-        return run_recorded(run, job, corpus, interrupt)
+        with open_run(load_wandb(), id=f"{self.sweep['name']}-{job.name}", **names) as run:
+            return run_recorded(run, job, corpus, interrupt)
 
     def waits(self):
         """Whether other workers have trials in hand that may yet come back."""
@@ -665,6 +667,16 @@ def load_wandb():
     return wandb
 
 
+@contextlib.contextmanager
+def open_run(wandb, **names):
+    """A wandb run, resumed where it exists; its excepthook, a traceback even for bad input, is taken out again."""
+    hook = sys.excepthook
+    try:
+        yield wandb.init(resume="allow", **names)
+    finally:
+        sys.excepthook = hook
+
+
 def run_recorded(run, job, corpus, interrupt=None):
     """Runs a Job with its evaluations and its Outcome recorded in an open wandb run, which is finished; the Outcome."""
     run.define_metric("trained_steps")
@@ -701,6 +713,8 @@ class WandbSweep:
         self._wandb, self.path = load_wandb(), path
         self.sweep = self._find().config
         self.sweep.setdefault("name", path.rpartition("/")[2])
+        missing = [name for name in ORIGIN if name not in constants(self.sweep)]
+        require(not missing, "sweep", path, f"was not made by this notebook: it does not say {', '.join(missing)}")
         self.folder = Path(out) / self.sweep["name"]  # of the sweep's name: whoever made it finds its trials there
         self._give_up, self._failures = give_up, 0
 
@@ -711,11 +725,11 @@ class WandbSweep:
             raise UserError(f"sweep={self.path!r}: wandb does not find it ({common.first_line(error)})") from None
 
     def _run_one(self, corpus, interrupt):
-        run = self._wandb.init(resume="allow")  # the agent has set the id, and what to try
-        parameters = dict(run.config)
-        say(f"trial {run.id}: {describe_parameters(parameters, self.sweep)}")
-        job = Job(run.id, parameters, self.folder / f"trial-{run.id}", Request())
-        outcome = run_recorded(run, job, corpus, interrupt)
+        with open_run(self._wandb) as run:  # the agent has set the id, and what to try
+            parameters = dict(run.config)
+            say(f"trial {run.id}: {describe_parameters(parameters, self.sweep)}")
+            job = Job(run.id, parameters, self.folder / f"trial-{run.id}", Request())
+            outcome = run_recorded(run, job, corpus, interrupt)
         say(f"trial {run.id}: {describe_outcome(outcome)}")
         self._failures = self._failures + 1 if outcome.state == "failed" else 0
         if self._give_up and self._failures >= self._give_up:
@@ -746,10 +760,11 @@ class WandbSweep:
         """Puts the table and the picture into a run of their own, beside the sweep's."""
         entity, project, name = self.path.split("/")
         names = {"entity": entity, "project": project, "id": f"results-{name}", "name": f"results of {name}"}
-        with self._wandb.init(resume="allow", job_type="results", **names) as run:
+        with open_run(self._wandb, job_type="results", **names) as run:
             columns = list(rows[0])
             table = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
             run.log({"results": table, "picture": self._wandb.Image(str(picture))})
+            run.finish()
 
 
 @contextlib.contextmanager
@@ -782,7 +797,10 @@ def create_online(sweep, project, folder):
     if note.exists():
         return note.read_text().strip()
     wandb = load_wandb()
-    name = wandb.sweep(sweep, project=project)
+    try:
+        name = wandb.sweep(sweep, project=project)
+    except Exception as error:  # wandb's and the network's
+        raise UserError(f"project={project!r}: wandb did not take the sweep ({common.first_line(error)})") from None
     path = f"{os.environ.get('WANDB_ENTITY') or wandb.Api().default_entity}/{project}/{name}"
     with common.atomic_write(note) as part:
         part.write_text(path + "\n")
@@ -960,7 +978,7 @@ def open_sweep(overrides):
 
 def describe_cost(backend):
     """What the sweep holds and, where the step's time is known, what it costs at most."""
-    configs, cap = check_sweep(backend.sweep), backend.sweep["run_cap"]
+    configs, cap = check_sweep(backend.sweep), backend.sweep.get("run_cap", 1000)
     line = f"sweep: {backend.folder}: {cap} trials of equal {constants(backend.sweep)['budget']} over "
     line += ", ".join(swept(backend.sweep))
     middle = configs[len(configs) // 2]
@@ -1005,6 +1023,9 @@ def show_results(backend):
     write_table(rows, backend.folder / "results.csv")
     plot_sweep(backend.trials(), rows, backend.sweep, picture)
     say(f"left in {backend.folder}: results.csv, results.png, and a folder for each trial")
+    with contextlib.suppress(UserError):  # none has run to its end
+        best = dataclasses.asdict(best_config(backend))
+        say(" ".join(["best: uv run 02_train.py", *(f"--{name} {best[name]}" for name in swept(backend.sweep))]))
     if hasattr(backend, "record"):
         backend.record(rows, picture)
     if common.in_notebook():
@@ -1015,5 +1036,3 @@ def show_results(backend):
 
 if __name__ == "__main__":
     show_results(backend)
-    best = best_config(backend)
-    print("best: uv run 02_train.py", *(f"--{name} {getattr(best, name)}" for name in swept(backend.sweep)))
