@@ -457,6 +457,16 @@ def read_json(path):
         return None
 
 
+@contextlib.contextmanager
+def telling_in_one_line():
+    """Puts back, in a script, the hook that tells bad input in one line: wandb's prints a traceback for all."""
+    try:
+        yield
+    finally:
+        if not common.in_notebook():
+            sys.excepthook = common.print_one_line_errors
+
+
 class Lease:
     """Keeps a lease's time stamp fresh in a thread; asks the trial to end if another worker has created the next."""
 
@@ -599,13 +609,14 @@ class LocalSweep:
         if os.environ.get("WANDB_MODE") != "offline":
             return run_trial(job, corpus, interrupt)
         names = {"project": "onechip", "group": self.sweep["name"], "config": job.parameters, "dir": self.folder}
-        with open_run(load_wandb(), id=f"{self.sweep['name']}-{job.name}", **names) as run:
-            return run_recorded(run, job, corpus, interrupt)
+        run = load_wandb().init(id=f"{self.sweep['name']}-{job.name}", resume="allow", **names)
+        return run_recorded(run, job, corpus, interrupt)
 
     def waits(self):
         """Whether other workers have trials in hand that may yet come back."""
         return any(trial["state"] in ("running", "interrupted") for trial in self.trials())
 
+    @telling_in_one_line()
     def work(self, corpus, count=0):
         """Runs trials until the sweep is over, `count` are done, too many in a row have failed, or Ctrl-C."""
         failures, ran, waiting = 0, 0, False
@@ -667,16 +678,6 @@ def load_wandb():
     return wandb
 
 
-@contextlib.contextmanager
-def open_run(wandb, **names):
-    """A wandb run, resumed where it exists; its excepthook, a traceback even for bad input, is taken out again."""
-    hook = sys.excepthook
-    try:
-        yield wandb.init(resume="allow", **names)
-    finally:
-        sys.excepthook = hook
-
-
 def run_recorded(run, job, corpus, interrupt=None):
     """Runs a Job with its evaluations and its Outcome recorded in an open wandb run, which is finished; the Outcome."""
     run.define_metric("trained_steps")
@@ -725,16 +726,17 @@ class WandbSweep:
             raise UserError(f"sweep={self.path!r}: wandb does not find it ({common.first_line(error)})") from None
 
     def _run_one(self, corpus, interrupt):
-        with open_run(self._wandb) as run:  # the agent has set the id, and what to try
-            parameters = dict(run.config)
-            say(f"trial {run.id}: {describe_parameters(parameters, self.sweep)}")
-            job = Job(run.id, parameters, self.folder / f"trial-{run.id}", Request())
-            outcome = run_recorded(run, job, corpus, interrupt)
+        run = self._wandb.init(resume="allow")  # the agent has set the id, and what to try
+        parameters = dict(run.config)
+        say(f"trial {run.id}: {describe_parameters(parameters, self.sweep)}")
+        job = Job(run.id, parameters, self.folder / f"trial-{run.id}", Request())
+        outcome = run_recorded(run, job, corpus, interrupt)
         say(f"trial {run.id}: {describe_outcome(outcome)}")
         self._failures = self._failures + 1 if outcome.state == "failed" else 0
         if self._give_up and self._failures >= self._give_up:
             _thread.interrupt_main()  # the only way to end the agent from here
 
+    @telling_in_one_line()
     def work(self, corpus, count=0):
         """Runs an agent until the sweep is over, `count` trials are done, too many have failed, or Ctrl-C."""
         with noting_interrupt() as interrupt:
@@ -760,11 +762,10 @@ class WandbSweep:
         """Puts the table and the picture into a run of their own, beside the sweep's."""
         entity, project, name = self.path.split("/")
         names = {"entity": entity, "project": project, "id": f"results-{name}", "name": f"results of {name}"}
-        with open_run(self._wandb, job_type="results", **names) as run:
+        with self._wandb.init(resume="allow", job_type="results", **names) as run:
             columns = list(rows[0])
             table = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
             run.log({"results": table, "picture": self._wandb.Image(str(picture))})
-            run.finish()
 
 
 @contextlib.contextmanager
@@ -951,6 +952,7 @@ def check_version(sweep, corpus, any_version):
             require(made[name] == value, name, value, remedy)
 
 
+@telling_in_one_line()
 def open_sweep(overrides):
     """(backend, settings, corpus) of what the user set: makes the sweep or finds it, checks it, says what it is."""
     given = common.parse_settings(Worker, common.Run, train.Config, overrides=overrides)
@@ -1015,6 +1017,7 @@ if __name__ == "__main__":
 
 
 # %%
+@telling_in_one_line()
 def show_results(backend):
     """Prints the table and saves it as results.csv, draws results.png, and puts both into wandb where the sweep is."""
     rows, picture = tabulate(backend), backend.folder / "results.png"
