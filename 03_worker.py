@@ -513,27 +513,29 @@ class LocalSweep:
         return [self._read(path) for path in sorted(self.folder.glob("[0-9][0-9][0-9][0-9].json"))]
 
     def _read(self, path):
-        started = {"parameters": read_json(path) or {}, "state": "running", "reason": "", "rows": []}
-        return {"name": path.stem, **started, **(read_json(path.with_suffix(".result.json")) or {})}
+        # The lease first: who takes the trial after that creates a newer one, and what is read then is not acted on.
+        leases = [int(lease.suffix.removeprefix(".lease-")) for lease in self.folder.glob(f"{path.stem}.lease-*")]
+        started = {"parameters": read_json(path) or {}, "state": "running", "reason": "", "rows": [], "released": 0}
+        result = read_json(path.with_suffix(".result.json")) or {}
+        return {"name": path.stem, **started, **result, "lease": max(leases, default=0)}
 
-    def write(self, name, state, reason="", rows=None):
-        """Notes what a trial has come to; its rows stay as they were unless given."""
+    def write(self, name, state, reason="", rows=None, released=0):
+        """Notes what a trial has come to; rows stay as they were unless given; `released` is a lease given back."""
         path = self.folder / f"{name}.result.json"
         rows = (read_json(path) or {}).get("rows", []) if rows is None else rows
         with common.atomic_write(path) as part:
-            part.write_text(json.dumps({"state": state, "reason": reason, "rows": rows}) + "\n")
+            part.write_text(json.dumps({"state": state, "reason": reason, "rows": rows, "released": released}) + "\n")
 
-    def _leases(self, name):
-        return sorted(self.folder.glob(f"{name}.lease-*"), key=lambda path: int(path.suffix.removeprefix(".lease-")))
+    def _lease(self, trial, number):
+        return self.folder / f"{trial['name']}.lease-{number}"
 
     def _is_free(self, trial):
         """Whether a trial that is not over is in nobody's hands; all times are the file system's own."""
-        leases = self._leases(trial["name"])
-        if trial["state"] == "interrupted" or not leases:
+        if trial["lease"] == trial["released"]:  # 0 for one that nobody has had
             return True
         probe = beside(self.folder / "now")
         probe.write_text("")
-        age = probe.stat().st_mtime - leases[-1].stat().st_mtime
+        age = probe.stat().st_mtime - self._lease(trial, trial["lease"]).stat().st_mtime
         probe.unlink()
         return age > self._seconds
 
@@ -543,27 +545,24 @@ class LocalSweep:
             trials = self.trials()
             open_ones = [trial for trial in trials if trial["state"] in ("running", "interrupted")]
             free = next(filter(self._is_free, open_ones), None)
-            if free is None and len(trials) < self.sweep["run_cap"]:
-                free = self._propose(trials)
-            if free is None:
+            if free:
+                lease = self._lease(free, free["lease"] + 1)
+                if create_whole(lease, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n"):
+                    self.write(free["name"], "running")
+                    return free, lease
+            elif len(trials) >= self.sweep["run_cap"] or not self._propose(trials):
                 return None
-            number = len(self._leases(free["name"])) + 1
-            lease = self.folder / f"{free['name']}.lease-{number}"
-            if create_whole(lease, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n"):
-                self.write(free["name"], "running")
-                return free, lease
 
     def _propose(self, trials):
-        """The next trial by the search, created; None where a grid is used up."""
+        """Creates the next trial, by the search, unless another worker was faster; false where a grid is used up."""
         with warnings.catch_warnings(action="ignore"):  # scikit-learn's, on the fit of five points
             proposed = self._search.next_run(self.sweep, self._as_runs(trials))
         if proposed is None:
-            return None
+            return False
         values = {name: entry["value"] for name, entry in proposed.config.items()}
         values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-        path = self.folder / f"{len(trials) + 1:04d}.json"
-        create_whole(path, json.dumps(values) + "\n")  # where another worker was faster, its trial
-        return self._read(path)
+        create_whole(self.folder / f"{len(trials) + 1:04d}.json", json.dumps(values) + "\n")
+        return True
 
     def _as_runs(self, trials):
         states = {"interrupted": "running", "stopped": "finished"}
@@ -602,7 +601,7 @@ class LocalSweep:
         with lease:
             outcome = self._run(job, corpus, interrupt)
         if outcome.state != "lost":
-            self.write(name, *outcome)
+            self.write(name, *outcome, released=trial["lease"] + 1 if outcome.state == "interrupted" else 0)
         return name, outcome
 
     def _run(self, job, corpus, interrupt):

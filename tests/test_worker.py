@@ -312,6 +312,7 @@ def test_a_lease_is_kept_while_its_trial_runs(corpus, tmp_path):
 
 
 def put_trial(backend, name, state, scores, reason="", **values):
+    (backend.folder / f"{name}.lease-1").write_text("")
     given = {**worker.constants(backend.sweep), "learning_rate": 0.01, "n_head": 2, "device_batch_size": 2, **values}
     worker.create_whole(backend.folder / f"{name}.json", json.dumps(given))
     rows = [{"step": 6 * (i + 1), "val_bpb": score} for i, score in enumerate(scores)]
@@ -353,6 +354,19 @@ def wait_for(condition, seconds=120):
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
+
+
+def test_a_trial_that_was_given_back_is_taken_once(corpus, tmp_path):
+    """An interrupted worker's trial is free at once, for the first of eight; the state they read may be an old one."""
+    backend = local_sweep(corpus, tmp_path / "sweep", run_cap=1)
+    trial, _ = backend.claim()
+    backend.write(trial["name"], "interrupted", "the worker was stopped", released=1)
+    seen = backend.trials()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        claimed = [claim for claim in pool.map(lambda _: backend.claim(), range(8)) if claim]
+    assert [lease.name for _, lease in claimed] == ["0001.lease-2"]
+    backend.write(trial["name"], "interrupted", released=1)  # as one would have it who read before the claim
+    assert backend.claim() is None and seen[0]["lease"] == 1
 
 
 @pytest.mark.slow
