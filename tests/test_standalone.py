@@ -13,7 +13,7 @@ from conftest import ROOT
 from execute import TINY, run_cells, run_notebook, set_overrides
 
 COLAB = ROOT / "tests" / "colab"
-EXTRAS = ["tensorboard", "xprof", "wandb"]
+EXTRAS = ["tensorboard", "xprof", "wandb", "sweeps"]
 NOBODY = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.com", "-c", "commit.gpgsign=false"]
 
 
@@ -107,7 +107,7 @@ def test_goes_on_when_pip_fails(tmp_path, siblings, content):
     """No profile viewer is no reason not to train."""
     done = open_cell(content, colab(tmp_path, siblings, HIDDEN_MODULES=" ".join(EXTRAS), PIP_EXIT="1"))
     assert done.returncode == 0
-    assert done.stdout.splitlines()[0].startswith("Going on without tensorboard, xprof, wandb: ")
+    assert done.stdout.splitlines()[0].startswith("Going on without tensorboard, xprof, wandb, sweeps: ")
     assert done.stdout.splitlines()[-1] == "2"
 
 
