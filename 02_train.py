@@ -118,6 +118,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
+import chip
 import common
 from common import UserError, require, say, setting
 
@@ -148,7 +149,7 @@ class Config:
     softcap: float = setting(15.0, "logits are bounded to +-softcap by tanh")
     rope_base: float = setting(10000.0, "longest rotary wavelength, in units of 2 pi tokens")
     attn_impl: str = setting(
-        "splash", "einsum (any device), jax (any device), splash (TPU) or pallas (TPU, no windows)"
+        "pallas", "einsum (any device), jax (any device), splash (TPU) or pallas (TPU, our own kernels)"
     )
     dtype: str = setting("bfloat16", "compute type, bfloat16 or float32; master weights and moments stay float32")
     device_batch_size: int = setting(4, "sequences per microbatch and device")
@@ -197,8 +198,8 @@ class Config:
 
 
 # %% [markdown]
-# The checks below read as rules. Those on `attn_impl` are the kernels' own: Splash works on blocks of at least 128
-# tokens, and JAX's TPU flash attention knows no windows. Better refused here than after a download of 5 GB.
+# The checks below read as rules. Those on `attn_impl` are the kernels' own: both work on blocks of at least 128 tokens,
+# and ours holds a whole head in VMEM, 4096 tokens at 128 channels. Better refused here than after a download of 5 GB.
 
 
 # %%
@@ -243,8 +244,14 @@ def check_attention(config):
         blocks = f"attn_impl={c.attn_impl!r} works on blocks of 128 tokens: use a multiple of 128, or attn_impl='jax'"
         require(c.seq_len % 128 == 0, "seq_len", c.seq_len, blocks)
     if c.attn_impl == "pallas":
-        remedy = "attn_impl='pallas' has no windows: use window_pattern='L', or attn_impl='splash'"
-        require(set(c.windows) == {c.seq_len}, "window_pattern", c.window_pattern, remedy)
+        import kernels
+
+        lanes = "attn_impl='pallas' works on 128 channels at a time: use a multiple of 128, or attn_impl='splash'"
+        require(c.head_dim % 128 == 0, "head_dim", c.head_dim, lanes)
+        most = (
+            f"attn_impl='pallas' holds a head whole: head_dim={c.head_dim} goes to {kernels.MOST_ENTRIES // c.head_dim}"
+        )
+        require(c.seq_len * c.head_dim <= kernels.MOST_ENTRIES, "seq_len", c.seq_len, f"{most}, attn_impl='splash' on")
 
 
 # %% [markdown]
@@ -448,9 +455,10 @@ def merge_params(trainable, constants):
 #
 # One function, four implementations. `einsum` is the one to read: scores, mask, softmax, sum, with the full T x T
 # matrix in memory, 128 MiB a sequence and layer at the default size. `jax` is JAX's own, as XLA operations on any
-# device. `splash` and `pallas` are TPU kernels that never write that matrix down; Splash also skips the blocks that a
-# window masks. All take q (B, T, N, H) and k, v (B, T, K, H), where query head n reads key/value head n // (N / K); the
-# tests hold them equal in value and gradient.
+# device. `splash` and `pallas` are TPU kernels that never write that matrix down and skip the blocks that a window
+# masks: JAX's Splash Attention, and this project's own in `kernels.py`, which rotates and norms q and k on the way and
+# takes a step from 709 to 513 ms by the compiler's estimate. All take q (B, T, N, H) and k, v (B, T, K, H) as they come
+# out of their products; query head n reads key/value head n // (N / K). Tests hold them equal in value and gradient.
 
 
 # %%
@@ -480,25 +488,16 @@ def attention_jax(q, k, v, window):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
 
 
-def interpreted_off_tpu(kernel, *args):
-    """kernel(interpret, *args), with Pallas interpreting wherever the program is not compiled for a TPU.
-
-    The choice is made when the program is lowered, by its target and not by this host: a v6e program compiled on a
-    CPU gets the real kernel.
-    """
-    return jax.lax.platform_dependent(
-        *args, tpu=functools.partial(kernel, False), default=functools.partial(kernel, True)
-    )
-
-
 def attention_splash(q, k, v, window):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    import kernels
 
     T, N = q.shape[1], q.shape[2]
     # LocalMask is inclusive: w - 1 keys to the left and none to the right are a causal window of w.
     mask = splash.CausalMask((T, T)) if window >= T else splash.LocalMask((T, T), (window - 1, 0), 0)
     mask = splash.MultiHeadMask([mask] * N)
-    block = math.gcd(T, 1024)  # 2048 does not fit VMEM; 512 took a quarter longer (ancestor's v6e timings)
+    block = math.gcd(T, kernels.SPLASH_BLOCK)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks = splash.BlockSizes(**{f"block_{name}": block for name in names} | {"block_kv_compute": math.gcd(T, 512)})
 
@@ -507,45 +506,25 @@ def attention_splash(q, k, v, window):
         return jax.vmap(attend)(q, k, v)
 
     heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]  # Splash does not scale by itself
-    return jnp.swapaxes(interpreted_off_tpu(kernel, *heads_first), 1, 2)
+    return jnp.swapaxes(kernels.interpreted_off_tpu(kernel, *heads_first), 1, 2)
 
 
-def attention_pallas(q, k, v, window):
-    group = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(a, group, axis=2) for a in (k, v))  # this kernel knows no grouped heads
-    return jnp.swapaxes(flash_attention(*(jnp.swapaxes(a, 1, 2) for a in (q, k, v))), 1, 2)
+def attention_pallas(q, k, v, rope, window):
+    import kernels  # here, as Pallas takes 0.3 s to import
+
+    heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+    return jnp.swapaxes(kernels.fused_attention(*heads_first, *rope, window), 1, 2)
 
 
-def run_flash(interpret, q, k, v, g=None):
-    """Attention by JAX's TPU flash kernel; with g, its gradients. Both are traced here, where interpreting acts."""
-    from jax.experimental.pallas import tpu as pltpu
-    from jax.experimental.pallas.ops.tpu import flash_attention as flash
-
-    names = [field.name for field in dataclasses.fields(flash.BlockSizes)]
-    blocks = flash.BlockSizes(**{name: 1 if name == "block_b" else math.gcd(q.shape[2], 512) for name in names})
-    attend = functools.partial(flash.flash_attention, causal=True, sm_scale=q.shape[-1] ** -0.5, block_sizes=blocks)
-    # True: as XLA operations. The default interpreter calls back to Python, which no program for a v6e may contain.
-    with pltpu.force_tpu_interpret_mode(True) if interpret else contextlib.nullcontext():
-        out, grads = jax.vjp(attend, q, k, v)
-        return out if g is None else grads(g)
-
-
-@jax.custom_vjp
-def flash_attention(q, k, v):
-    """Causal attention of q, k, v (B, N, T, H) by JAX's TPU flash kernel, interpreted off TPU."""
-    return interpreted_off_tpu(run_flash, q, k, v)
-
-
-flash_attention.defvjp(
-    lambda q, k, v: (flash_attention(q, k, v), (q, k, v)),
-    lambda saved, g: interpreted_off_tpu(run_flash, *saved, g),  # its forward kernel and the one above become one
-)
+def rotated(attention):
+    """The same attention of q and k as they leave their products: RoPE and QK-norm come first."""
+    return lambda q, k, v, rope, window: attention(rope_and_norm(q, *rope), rope_and_norm(k, *rope), v, window)
 
 
 ATTENTIONS = {
-    "einsum": attention_einsum,
-    "jax": attention_jax,
-    "splash": attention_splash,
+    "einsum": rotated(attention_einsum),
+    "jax": rotated(attention_jax),
+    "splash": rotated(attention_splash),
     "pallas": attention_pallas,
 }
 
@@ -629,11 +608,11 @@ relu_squared.defvjp(relu_squared_forward, lambda r, g: (2 * r * g,))
 
 
 # %%
-def attention_block(layer, x, rope, attend):
+def attention_block(layer, x, attend):
     """What attention adds to the residual stream x (B, T, D); attend(q, k, v) -> (B, T, N, H)."""
     x = rms_norm(x)
-    q = rope_and_norm(jnp.einsum("btd,dnh->btnh", x, layer["c_q"]), *rope)
-    k = rope_and_norm(jnp.einsum("btd,dkh->btkh", x, layer["c_k"]), *rope)
+    q = jnp.einsum("btd,dnh->btnh", x, layer["c_q"])
+    k = jnp.einsum("btd,dkh->btkh", x, layer["c_k"])
     v = jnp.einsum("btd,dkh->btkh", x, layer["c_v"])
     return jnp.einsum("btnh,nhd->btd", attend(q, k, v), layer["c_proj"])
 
@@ -658,17 +637,17 @@ def cast_params(config, params):
 def backbone(config, params, tokens, attend=None, start=0):
     """Final hidden states (B, T, D), normed, in the compute type, for tokens (B, T) at positions start, start + 1, ...
 
-    attend(i, q, k, v) is layer i's attention; sampling hands in one that keeps a cache. params are cast already.
+    attend(i, rope, q, k, v) is layer i's attention; sampling hands in one that keeps a cache. params are cast already.
     """
     run_attention = ATTENTIONS[config.attn_impl]
-    attend = attend or (lambda i, q, k, v: run_attention(q, k, v, config.windows[i]))
+    attend = attend or (lambda i, rope, q, k, v: run_attention(q, k, v, rope, config.windows[i]))
     rope = [jax.lax.dynamic_slice_in_dim(table, start, tokens.shape[1]) for table in params["rope"]]
     with jax.named_scope("embedding"):
         x = x0 = rms_norm(params["wte"][tokens])
     for i, layer in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{i}/attention"):
             x = mix(params["resid_lambdas"][i], x, params["x0_lambdas"][i], x0)
-            x = x + attention_block(layer, x, rope, functools.partial(attend, i))
+            x = x + attention_block(layer, x, functools.partial(attend, i, rope))
         with jax.named_scope(f"layer_{i}/mlp"):
             x = x + mlp_block(layer, x)
     return rms_norm(x)
@@ -794,7 +773,7 @@ def head_loss_forward(config, h, lm_head, y):
 
     zero = jnp.zeros(()), jnp.zeros(lm_head.shape, jnp.float32)
     (loss, d_head), dh = jax.lax.scan(add, zero, in_slices(config, h, y))
-    return loss / y.size, (dh.reshape(h.shape), d_head.astype(lm_head.dtype))
+    return loss / float(y.size), (dh.reshape(h.shape), d_head.astype(lm_head.dtype))
 
 
 head_loss.defvjp(head_loss_forward, lambda config, grads, g: (*(d * g.astype(d.dtype) for d in grads), None))
@@ -935,16 +914,17 @@ def check_mesh(config, mesh):
 
 
 # %% [markdown]
-# ### Compiled for a chip that is not here
+# ### Will it fit, and how fast?
 #
 # The compiler for a TPU needs no TPU. `compile_for_chip` runs it on the real step, donation, accumulation, kernels and
-# all, on any Linux machine with libtpu, in about a minute for 16 layers. Its `memory_analysis()` is what the chip will
-# use, out of 31.25 GiB; a program that does not fit fails here and not on the chip.
+# all, on any Linux machine with libtpu, in about a minute for 16 layers. What it says of memory is what the chip will
+# use, to the byte; what it says of time is an estimate. `preflight` does the same for the device that is here, before
+# anything is downloaded, and refuses a config that does not fit with the nearest one that does.
 
 
 # %%
 def chip_mesh(topology):
-    """A mesh over the devices of a TPU topology such as "v6e:1x1" or "v6e:2x4", none of which need be attached."""
+    """A mesh over the devices of a TPU topology such as "v6e:1x1" or "v5e:2x4", none of which need be attached."""
     from jax.experimental import topologies
 
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
@@ -955,18 +935,82 @@ def chip_mesh(topology):
         raise UserError(f"topology={topology!r}: {reason} (libtpu, the compiler: pip install 'jax[tpu]')") from None
 
 
-def compile_for_chip(config, topology="v6e:1x1", model=GPT):
-    """The training step compiled ahead of time for a TPU topology, as a jax.stages.Compiled; nothing is run."""
-    mesh = chip_mesh(topology)
+def compile_step(config, mesh, model=GPT):
+    """The training step compiled for the devices of a mesh, as a jax.stages.Compiled; nothing is run."""
 
-    def on_chip(tree, *axes):
+    def placed(tree, *axes):
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     state, constants = jax.eval_shape(functools.partial(new_state, config, model), jax.random.key(0))
     batch = jax.ShapeDtypeStruct((config.total_batch_size, config.seq_len), jnp.int32)
-    tokens = on_chip(batch, "data")
-    return make_train_step(config, mesh, model).lower(on_chip(state), on_chip(constants), tokens, tokens).compile()
+    tokens = placed(batch, "data")
+    return make_train_step(config, mesh, model).lower(placed(state), placed(constants), tokens, tokens).compile()
+
+
+def compile_for_chip(config, topology="v6e:1x1", model=GPT):
+    """The training step compiled ahead of time for a TPU topology, as a jax.stages.Compiled; nothing is run."""
+    return compile_step(config, chip_mesh(topology), model)
+
+
+# %%
+class DoesNotFit(UserError):
+    """A config whose step needs more memory than its device has."""
+
+
+def measure_fit(config, mesh, model=GPT):
+    """The chip.Fit of a config on the devices of a mesh, whether it fits or not."""
+    device, start, compiled = mesh.devices.flat[0], time.perf_counter(), None
+    try:
+        compiled = compile_step(config, mesh, model)
+        peak = chip.peak_bytes(compiled, device.platform)
+    except jax.errors.JaxRuntimeError as error:
+        if (peak := chip.bytes_needed(error)) is None:
+            raise
+    seconds = time.perf_counter() - start
+    parts = chip.memory_parts(config, count_params(config, model)["total"], peak)
+    moved = compiled and (compiled.cost_analysis() or {}).get("bytes accessed")
+    return chip.Fit(
+        chip.name_of(mesh), peak, chip.memory_limit(device), parts, flops_per_token(config, model),
+        moved and moved / (config.device_batch_size * config.seq_len),
+        compiled and chip.step_seconds(config, compiled, device), seconds, compiled,
+    )  # fmt: skip
+
+
+def preflight(config, topology="", model=GPT):
+    """The chip.Fit of a config on a TPU topology, or on the devices attached here; DoesNotFit if it does not."""
+    mesh = chip_mesh(topology) if topology else make_mesh()
+    fit = measure_fit(config, mesh, model)
+    if not fit.fits:
+        count = lambda config: count_params(config, model)["total"]
+        measure = lambda config: measure_fit(config, mesh, model)
+        raise DoesNotFit(chip.explain_refusal(config, fit, count, measure, mesh.size))
+    return fit
+
+
+def look_before(config, topology="", model=GPT):
+    """Prints what a step needs, or refuses it. With a topology, or "here" for the attached devices, that is all:
+    the largest batch is looked for as well, and the program ends."""
+    where = "" if topology == "here" else topology
+    fit = preflight(config, where, model)
+    mesh = chip_mesh(where) if where else make_mesh()
+    print(chip.describe_fit(config, fit, peak_rate(config, mesh, model)))
+    if topology:
+        print(f"  largest device_batch_size: {find_largest_batch(config, where, model)}, without accumulation")
+        raise SystemExit
+
+
+def find_largest_batch(config, topology="", model=GPT):
+    """The most sequences a device can take at a time, without accumulation, by bisection over real programs."""
+    mesh = chip_mesh(topology) if topology else make_mesh()
+
+    def peak_of(rows):
+        fit = measure_fit(
+            dataclasses.replace(config, device_batch_size=rows, total_batch_size=rows * mesh.size), mesh, model
+        )
+        return fit.peak_bytes if fit.fits else None
+
+    return chip.largest_that_fits(peak_of, chip.memory_limit(mesh.devices.flat[0]), config.device_batch_size)
 
 
 # %% [markdown]
@@ -997,7 +1041,8 @@ def run_cached(config, model, params, cache, tokens, start):
     keys = jnp.arange(cache[0][0].shape[1])
     cache = list(cache)
 
-    def attend(i, q, k, v):
+    def attend(i, rope, q, k, v):
+        q, k = rope_and_norm(q, *rope), rope_and_norm(k, *rope)
         cache[i] = tuple(
             jax.lax.dynamic_update_slice_in_dim(c, a, start, 1) for c, a in zip(cache[i], (k, v), strict=True)
         )
@@ -1134,22 +1179,12 @@ def compare_with_checkpoint(path, config, made_from):
 # always has the next step queued while the host looks at the last: a `float(loss)` every step leaves it idle in
 # between. That is also where a loss that is no longer a number stops the run, with the last good checkpoint in place.
 
+
 # %%
-PEAK_FLOPS = {  # dense bfloat16, by jax's device_kind: cloud.google.com/tpu/docs and NVIDIA's data sheets
-    "TPU v6 lite": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v4": 275e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
 def peak_rate(config, mesh, model=GPT):
     """Tokens per second if every FLOP the mesh's devices can do went into the model; None for an unknown device."""
-    peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-    return peak and peak * mesh.size / flops_per_token(config, model)
+    device = chip.CHIPS.get(mesh.devices.flat[0].device_kind)
+    return device and device.peak_flops * mesh.size / flops_per_token(config, model)
 
 
 # %%
@@ -1471,9 +1506,18 @@ OVERRIDES = ""  # @param {type:"string"}
 if __name__ == "__main__":
     common.keep_compiled()
     run, config = common.choose(Config, PRESETS, OVERRIDES)
+    print(describe_model(config))
+    look_before(config, run.preflight)
+
+# %% [markdown]
+# Nothing has been downloaded yet, and a config that does not fit has been refused. From here on it takes as long as it
+# takes; the step is compiled already.
+
+
+# %%
+if __name__ == "__main__":
     hub_token = common.read_secret("HF_TOKEN")
     mirror = common.open_mirror(run, hub_token)
-    print(describe_model(config))
     corpus = tok.get_corpus(run.data, run.num_shards)
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
     prompts = PROMPTS.get(corpus.name, PROMPTS["default"])

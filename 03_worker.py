@@ -333,7 +333,7 @@ def attempt(job, corpus):
     """Trains a Job's model; the Outcome, or what went wrong as an exception."""
     config = trial_config(job.parameters)
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
-    require_fit(config)
+    train.preflight(config)  # DoesNotFit is told in a line, before anything is on the device
     job.on_start(config)
 
     def listen(row):
@@ -346,11 +346,6 @@ def attempt(job, corpus):
     result = train.train(config, corpus, tokenizer, job.run_dir, on_log=listen, remember=remember)
     job.on_evaluation(read_evaluations(job.run_dir))
     return Outcome("finished") if result.step == config.num_iterations else job.request.outcome
-
-
-def require_fit(config):
-    """Compiles the step for this device; train.DoesNotFit, a UserError, if there is no room for it. Returns its Fit."""
-    return getattr(train, "preflight", lambda config: None)(config)  # shim: until 02 has preflight
 
 
 # %%
@@ -983,7 +978,13 @@ def describe_cost(backend):
     line = f"sweep: {backend.folder}: {cap} trials of equal {constants(backend.sweep)['budget']} over "
     line += ", ".join(swept(backend.sweep))
     middle = configs[len(configs) // 2]
-    if "TPU" not in jax.local_devices()[0].device_kind or not (fit := require_fit(middle)) or not fit.step_seconds:
+    if "TPU" not in jax.local_devices()[0].device_kind:
+        return line
+    try:
+        fit = train.preflight(middle)
+    except train.DoesNotFit as error:
+        return f"{line}\nnot all of it fits this device: {error}"
+    if not fit.step_seconds:
         return line
     hours = fit.step_seconds * middle.num_iterations * cap / 3600
     return (

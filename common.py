@@ -479,6 +479,7 @@ class Run:
     num_shards: int = setting(0, "FineWeb-Edu shards to train on, 50M tokens each; 0: as many as the run needs")
     name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")
     out: str = setting("runs", "folder for the runs")
+    preflight: str = setting("", 'only say what a step needs, "here" or on a TPU that is not: "v6e:1x1", "v5e:2x2"')
     hub_repo: str = setting("", "Hub repository to upload to, where there is a token; empty: <you>/onechip-<name>")
     weights_minutes: float = setting(15.0, "minutes between uploads of the weights")
     state_minutes: float = setting(60.0, "minutes between uploads of whole checkpoints, three times as large")
@@ -510,7 +511,8 @@ def settle(run, config_class, presets, fields):
     import jax
 
     device = jax.local_devices()[0]
-    preset = run.preset or {"tpu": "chip", "cpu": "laptop"}.get(device.platform, "gpu")
+    topology = run.preflight not in ("", "here")
+    preset = run.preset or ("chip" if topology else {"tpu": "chip", "cpu": "laptop"}.get(device.platform, "gpu"))
     require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
     config = config_class(**{**presets[preset], **fields})
     data = run.data or ("offline" if preset == "laptop" else "fineweb")

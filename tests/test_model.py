@@ -73,13 +73,29 @@ def norm_reference(x):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS32)
 
 
-def rope_reference(x, base):
+def norm_gradient_reference(x, g):
+    """The gradient for x from that for norm_reference(x)."""
+    y, r = norm_reference(x), 1 / np.sqrt((x * x).mean(-1, keepdims=True) + EPS32)
+    return r * (g - y * (g * y).mean(-1, keepdims=True))
+
+
+def raw_attention_reference(q, k, v, window, base, g=None):
+    """attention_reference of rotated and normed q and k, and its gradients for q and k as they were before that."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    turned = [rope_reference(a, base) for a in (q, k)]
+    out, (dq, dk, dv) = attention_reference(*map(norm_reference, turned), v, window, g)
+    if g is not None:  # a rotation's gradient is the rotation back
+        dq, dk = (rope_reference(norm_gradient_reference(*a), base, -1) for a in zip(turned, (dq, dk), strict=True))
+    return out, (dq, dk, dv)
+
+
+def rope_reference(x, base, direction=1):
     """Channel i of x (B, T, heads, H) and channel i + H / 2 are turned by t * base ** (-2 i / H)."""
     half = x.shape[-1] // 2
     y = np.empty_like(x)
     for t in range(x.shape[1]):
         for i in range(half):
-            angle = t * base ** (-2 * i / x.shape[-1])
+            angle = direction * t * base ** (-2 * i / x.shape[-1])
             a, b = x[:, t, :, i], x[:, t, :, i + half]
             y[:, t, :, i] = a * math.cos(angle) + b * math.sin(angle)
             y[:, t, :, i + half] = -a * math.sin(angle) + b * math.cos(angle)
@@ -184,37 +200,48 @@ def full_compiler(quick_compiler):
 # ---------------------------------------------------------------------------------------------------------------
 # Attention
 
-# (T, N, K, H): grouped, one head each, one for all; kernels work on blocks of 128 tokens
+# (T, N, K, H): grouped, one head each, one for all; kernels work on blocks of 128 tokens, ours on 128 channels too
 SMALL = {"GQA": (13, 6, 3, 10), "MHA": (11, 5, 5, 6), "MQA": (17, 7, 1, 4)}
 BLOCKS = {"GQA": (256, 6, 3, 10), "MHA": (384, 2, 2, 6), "MQA": (128, 5, 1, 14)}
+LANES = {"GQA": (384, 6, 3, 128), "MHA": (512, 2, 2, 256), "MQA": (768, 3, 1, 128)}
 WINDOWS = (1, 5, "half", "all")
+BASE = 50.0
 ATTENTION_CASES = [
     *itertools.product(("einsum", "jax"), SMALL, WINDOWS),
     *(("splash", "GQA", window) for window in (1, 77, "half", "all")),
     *(("splash", *case) for case in (("MHA", 77), ("MHA", "all"), ("MQA", 1), ("MQA", "half"))),
-    *itertools.product(("pallas",), BLOCKS, ("all",)),
+    *(("pallas", "GQA", window) for window in (1, 77, 128, 129, "half", "all")),
+    *(("pallas", *case) for case in (("MHA", "half"), ("MHA", "all"), ("MQA", 300), ("MQA", "all"))),
 ]
 
 
 def attention_case(impl, heads, window):
     """(q, k, v, an output gradient), window in keys; a batch of 2, or 3 where a head is small."""
-    length, N, K, H = (SMALL if impl in ("einsum", "jax") else BLOCKS)[heads]
+    length, N, K, H = {"splash": BLOCKS, "pallas": LANES}.get(impl, SMALL)[heads]
     batch = 2 if N != 2 else 3
     rng = np.random.default_rng(3)
     q, k, v, g = (rng.normal(size=(batch, length, n, H)).astype(np.float32) for n in (N, K, K, N))
     return (1.5 * q, k, v, g), {"half": length // 2, "all": length}.get(window, window)
 
 
+def attend_by(impl, length, channels, window):
+    """The attention `impl` as the model calls it: a function of q, k and v as they leave their products."""
+    shape = train.Config(
+        n_head=2, head_dim=channels, aspect_ratio=channels, seq_len=length, attn_impl="einsum", rope_base=BASE
+    )
+    return lambda q, k, v: train.ATTENTIONS[impl](q, k, v, train.rope_tables(shape), window)
+
+
 def test_attention_reference_gradients_match_finite_differences():
     """The float64 reference's own gradients are right, so that what is compared with them is."""
     (q, k, v, g), window = attention_case("einsum", "GQA", 5)
-    _, grads = attention_reference(q, k, v, window, g)
+    _, grads = raw_attention_reference(q, k, v, window, BASE, g)
     rng, step = np.random.default_rng(4), 1e-6
     for i, grad in enumerate(grads):
         change = rng.normal(size=grad.shape)
         args = [np.float64(a) for a in (q, k, v)]
         ends = [[a + s * step * change if i == j else a for j, a in enumerate(args)] for s in (1, -1)]
-        high, low = ((attention_reference(*end, window)[0] * g).sum() for end in ends)
+        high, low = ((raw_attention_reference(*end, window, BASE)[0] * g).sum() for end in ends)
         assert (high - low) / (2 * step) == pytest.approx((grad * change).sum(), rel=1e-6)
 
 
@@ -222,10 +249,11 @@ def test_attention_reference_gradients_match_finite_differences():
 def test_attention_equals_the_reference_in_value_and_gradient(impl, heads, window):
     """Four attentions are one function, to 2e-6 in value and 5e-6 in gradients, relative to each array's largest."""
     (q, k, v, g), window = attention_case(impl, heads, window)
-    want, want_grads = attention_reference(q, k, v, window, g)
+    want, want_grads = raw_attention_reference(q, k, v, window, BASE, g)
+    attend = attend_by(impl, q.shape[1], q.shape[3], window)
 
     def weighted(q, k, v):
-        out = train.ATTENTIONS[impl](q, k, v, window)
+        out = attend(q, k, v)
         return (out * g).sum(), out
 
     grads, out = jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(q, k, v)
@@ -236,11 +264,11 @@ def test_attention_equals_the_reference_in_value_and_gradient(impl, heads, windo
         np.testing.assert_allclose(grad, want_grad, rtol=0, atol=5e-6 * max(scale, 1.0))
 
 
-@pytest.mark.parametrize("impl, window", [("einsum", 5), ("jax", 5), ("splash", 77), ("pallas", 256)])
+@pytest.mark.parametrize("impl, window", [("einsum", 5), ("jax", 5), ("splash", 77), ("pallas", 200)])
 def test_a_key_is_seen_from_its_own_position_for_window_queries_and_by_no_other(impl, window):
     """A mask off by one: key and value t change outputs t to t + window - 1, and no other, to the last bit."""
     (q, k, v, _), _ = attention_case(impl, "GQA", window)
-    attend = jax.jit(lambda q, k, v: train.ATTENTIONS[impl](q, k, v, window))
+    attend = jax.jit(attend_by(impl, q.shape[1], q.shape[3], window))
     before, length = np.asarray(attend(q, k, v)), q.shape[1]
     for t in (0, 3, length // 2, length - 1):
         k2, v2 = k.copy(), v.copy()
@@ -250,16 +278,22 @@ def test_a_key_is_seen_from_its_own_position_for_window_queries_and_by_no_other(
         assert np.flatnonzero(changed).tolist() == list(range(t, min(length, t + window)))
 
 
-def test_attention_in_bfloat16_takes_its_softmax_in_float32():
-    """Scores rounded to bfloat16 before the softmax lose 3 more bits: the error stays near that of the inputs' type."""
-    (q, k, v, _), window = attention_case("einsum", "GQA", 5)
-    q, k, v = (jnp.asarray(a * 2, jnp.bfloat16) for a in (q, k, v))
-    want, _ = attention_reference(*(np.float64(a) for a in (q, k, v)), window)
-    for impl in ("einsum", "jax"):
-        out = train.ATTENTIONS[impl](q, k, v, window)
-        assert out.dtype == jnp.bfloat16
-        error = np.sqrt(np.mean((np.float64(out) - want) ** 2)) / np.sqrt(np.mean(want**2))
-        assert error < 2.5e-3, (impl, error)
+def relative_rms(a, reference):
+    """Root mean square of the difference, as a share of the reference's."""
+    return np.sqrt(np.mean((np.float64(a) - reference) ** 2) / np.mean(np.float64(reference) ** 2))
+
+
+@pytest.mark.parametrize("impl", ["einsum", "jax", "splash", "pallas"])
+def test_attention_in_bfloat16_stays_near_its_inputs_precision(impl):
+    """bfloat16 keeps 8 bits, 1.7e-3 rms: scores rounded before the softmax, or sums kept in it, would lose 3 more."""
+    (q, k, v, g), window = attention_case("pallas", "GQA", 200)
+    q, k, v, g = (jnp.asarray(a, jnp.bfloat16) for a in (q, k, v, g))
+    want, want_grads = raw_attention_reference(*(np.float64(a) for a in (q, k, v)), window, BASE, np.float64(g))
+    out, back = jax.vjp(attend_by(impl, q.shape[1], q.shape[3], window), q, k, v)
+    assert out.dtype == jnp.bfloat16
+    errors = [relative_rms(out, want), *(relative_rms(a, b) for a, b in zip(back(g), want_grads, strict=True))]
+    assert max(errors) < 1e-2, errors
+    print(impl, errors)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,10 +313,11 @@ def test_forward_equals_a_float64_transformer(impl, kv_heads, pattern):
     np.testing.assert_allclose(logits, want, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("impl, pattern", [("splash", "S"), ("pallas", "L")])
-def test_forward_with_a_kernel_equals_a_float64_transformer(impl, pattern):
+@pytest.mark.parametrize("impl, channels", [("splash", 14), ("pallas", 128)])
+def test_forward_with_a_kernel_equals_a_float64_transformer(impl, channels):
     """The kernels stand in the model where the readable attention stands, each layer with its own window."""
-    config = replace(n_head=2, n_kv_head=1, aspect_ratio=14, seq_len=128, attn_impl=impl, window_pattern=pattern)
+    shape = dict(n_head=2, n_kv_head=1, head_dim=channels, aspect_ratio=channels, seq_len=128)
+    config = replace(attn_impl=impl, window_pattern="S", **shape)
     params, tokens = random_params(config), random_tokens(config, 3, 128)
     logits = jax.jit(functools.partial(train.forward, config))(params, tokens)
     np.testing.assert_allclose(logits, logits_reference(config, widen(params), tokens), rtol=0, atol=2e-5)
@@ -467,7 +502,8 @@ REFUSED = [
     (dict(seq_len=200), "seq_len=200", "multiple of 128"),
     (dict(seq_len=64), "seq_len=64", "multiple of 128"),
     (dict(seq_len=200, attn_impl="pallas", window_pattern="L"), "seq_len=200", "multiple of 128"),
-    (dict(attn_impl="pallas"), "window_pattern='SSSL'", "window_pattern='L'"),
+    (dict(attn_impl="pallas", head_dim=64), "head_dim=64", "multiple of 128"),
+    (dict(attn_impl="pallas", seq_len=8192), "seq_len=8192", "goes to 4096"),
     (dict(attn_impl="flash"), "attn_impl='flash'", "einsum, jax, splash, pallas"),
     (dict(window_pattern=""), "window_pattern=''", "S and L"),
     (dict(window_pattern="SXL"), "window_pattern='SXL'", "S and L"),
@@ -522,7 +558,6 @@ def test_config_derives_sizes_and_windows():
         assert replace(window_pattern=pattern).windows == want
     assert replace(seq_len=1, window_pattern="S").windows == (1,) * 3  # half of one token is still one key
     assert replace(n_kv_head=0).n_kv_head == 6
-    assert train.Config(n_head=2, attn_impl="pallas", window_pattern="L", seq_len=256).windows == (256,) * 4
 
 
 def test_config_is_frozen_hashable_and_static_to_jit():
@@ -937,37 +972,3 @@ def test_generate_refuses_bad_arguments(arguments, value):
     with pytest.raises(UserError) as refusal:
         train.generate(GEN, random_params(GEN), **call)
     assert str(refusal.value).startswith(f"{value}: ") and "\n" not in str(refusal.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Programs for a v6e, compiled on this machine
-
-CHIP = train.Config(
-    n_head=2, n_kv_head=1, head_dim=128, aspect_ratio=128, vocab_size=1024, seq_len=512, device_batch_size=2,
-    total_batch_size=4, window_pattern="S",
-)  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("impl, kernels", [("splash", 3), ("pallas", 3), ("einsum", 0), ("jax", 0)])
-def test_a_v6e_program_has_the_kernels_its_attention_promises(impl, kernels, full_compiler):
-    """A kernel interpreted in a chip's program would be a thousand times slower, an undonated state twice as large."""
-    pytest.importorskip("libtpu", reason="compiling for v6e needs libtpu: jax[tpu]")
-    compiled = train.compile_for_chip(
-        dataclasses.replace(CHIP, attn_impl=impl, window_pattern="L" if impl == "pallas" else "S")
-    )
-    calls = compiled.as_text().count('custom_call_target="tpu_custom_call"')
-    assert calls == kernels * CHIP.n_layer == kernels * 2  # forward, dq, dk with dv
-    memory = compiled.memory_analysis()
-    state = 12 * train.count_params(CHIP)["total"]  # bytes: parameters and two moments
-    assert memory.alias_size_in_bytes >= state
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    assert state < peak < 1.1 * state
-    assert memory.temp_size_in_bytes < 8 * 2**20  # 4.7 to 6.3 MiB on jax 0.7.2 to 0.12
-
-
-def test_a_topology_that_is_none_is_told_in_one_line():
-    """A misspelt topology, or a machine without libtpu, is one line with the name and the remedy, not XLA's page."""
-    with pytest.raises(UserError, match="topology='v6e-1'") as caught:
-        train.chip_mesh("v6e-1")
-    assert "\n" not in str(caught.value) and "jax[tpu]" in str(caught.value)

@@ -140,7 +140,9 @@ def test_an_agent_that_ends_in_a_trial_leaves_it_to_the_next(server, tmp_path, h
     assert run.preempting and len(scores(run)) < 10
     assert run.exitcodes == ([] if how == signal.SIGKILL else [1]), interrupted[-3000:]
     time.sleep(server.silence if how == signal.SIGKILL else 0)
-    with started(server, tmp_path, "--sweep", "someone/onechip/sweep1", "--count", "1") as process:
+    with started(
+        server, tmp_path, "--sweep", "someone/onechip/sweep1", "--count", "1", "--any_version", "true"
+    ) as process:
         printed = finish(process)
     assert "resuming: runs/sweep-" in printed and "/trial-trial1 goes on behind step" in printed
     assert list(server.runs) == ["trial1", "results-sweep1"] and run.starts >= 2

@@ -183,6 +183,9 @@ def test_ten_failures_leave_nothing_behind_and_the_eleventh_trial_runs(corpus, t
         fault = faults[i % 4]
         with monkeypatch.context() as patch:
             if not fault:
+                patch.setattr(
+                    train, "preflight", lambda config: None
+                )  # it is what should have kept this from happening
                 patch.setattr(train, "make_train_step", lambda *args: exhaust_memory(make(*args)))
             outcome = worker.run_trial(job_of(corpus, tmp_path / f"{i}", **fault), corpus)
         assert outcome.state == "failed"
@@ -198,9 +201,9 @@ def test_a_refused_trial_is_not_started(corpus, tmp_path, monkeypatch):
     """The preflight's line is the reason; nothing is trained, no folder is made, nobody is told that it started."""
 
     def refuse(config):
-        raise UserError("device_batch_size=2: 40 GiB of 31.25")
+        raise train.DoesNotFit("device_batch_size=2: 40 GiB of 31.25")
 
-    monkeypatch.setattr(worker, "require_fit", refuse)
+    monkeypatch.setattr(train, "preflight", refuse)
     job = job_of(corpus, tmp_path / "refused")._replace(on_start=lambda config: pytest.fail("started"))
     assert worker.run_trial(job, corpus) == ("failed", "device_batch_size=2: 40 GiB of 31.25")
     assert not job.run_dir.exists()
@@ -372,7 +375,20 @@ def test_a_trial_that_was_given_back_is_taken_once(corpus, tmp_path):
 @pytest.mark.slow
 def test_a_killed_workers_trial_goes_on_in_other_hands(corpus, tmp_path):
     """SIGKILL after an evaluation: the next worker resumes that trial and ends the sweep; every row is there once."""
-    words = ["--name", "s", "--num_iterations", "400", "--evaluations", "8", "--run_cap", "2", "--lease", "2"]
+    words = [
+        "--name",
+        "s",
+        "--num_iterations",
+        "400",
+        "--evaluations",
+        "8",
+        "--run_cap",
+        "2",
+        "--lease",
+        "2",
+        "--any_version",
+        "true",
+    ]
     first = start_worker(tmp_path, *words)
     folder = tmp_path / "runs" / "s"
     wait_for(lambda: len((worker.read_json(folder / "0001.result.json") or {}).get("rows", [])) >= 2)
