@@ -63,7 +63,7 @@ def open_notebook(repository, ref):
                 raise RuntimeError(f"cannot fetch {ref!r} of {repository}: {git.stderr.strip().partition(chr(10))[0]}")
     sys.path.insert(0, str((folders or [clone])[0]))
     if on_colab:
-        if missing := [name for name in ("tensorboard", "xprof", "wandb") if find_spec(name) is None]:
+        if missing := [name for name in ("tensorboard", "xprof", "wandb", "sweeps") if find_spec(name) is None]:
             # Each installed version is a constraint, so that pip adds packages and replaces none.
             installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
             pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]

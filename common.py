@@ -593,28 +593,37 @@ def name_run(run, config):
 
 def choose(config_class, presets, overrides="", run_class=Run):
     """(Run, config) with nothing left open: a preset by the device, then what the user set. Says what and why."""
+    run, fields = parse_settings(run_class, config_class, overrides=overrides)
+    run, config = settle(run_class(**run), config_class, presets, fields)
+    run = dataclasses.replace(run, name=run.name or name_run(run, config))
+    batch, tokens = f"{config.total_batch_size} x {config.seq_len}", count_tokens(config) / 1e6
+    say(f"run: {run.out}/{run.name}: {config.num_iterations:,} steps of {batch} tokens, {tokens:,.1f}M in all")
+    return run, config
+
+
+def count_tokens(config):
+    """Tokens that a config trains on."""
+    return config.num_iterations * config.total_batch_size * config.seq_len
+
+
+def settle(run, config_class, presets, fields):
+    """(run, config): preset, data and number of shards of a Run as set or by the device, and what follows from them."""
     import jax
 
-    run, fields = parse_settings(run_class, config_class, overrides=overrides)
-    run, device = run_class(**run), jax.local_devices()[0]
+    device = jax.local_devices()[0]
     topology = run.preflight not in ("", "here")
     preset = run.preset or ("chip" if topology else {"tpu": "chip", "cpu": "laptop"}.get(device.platform, "gpu"))
     require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
     config = config_class(**{**presets[preset], **fields})
     data = run.data or ("offline" if preset == "laptop" else "fineweb")
-    tokens = config.num_iterations * config.total_batch_size * config.seq_len
-    shards = run.num_shards or min(1000, math.ceil(tokens / 50e6))
+    shards = run.num_shards or min(1000, math.ceil(count_tokens(config) / 50e6))
     because = "as set" if run.preset else f"as the device is a {device.platform}"
     whose = "as set" if run.data else f"as the preset is {preset}"
-    run = dataclasses.replace(run, preset=preset, data=data, num_shards=shards)
-    run = dataclasses.replace(run, name=run.name or name_run(run, config))
     say(
         f"device: {jax.local_device_count()} x {device.device_kind} (jax {jax.__version__}, {os.cpu_count()} CPU cores)"
     )
     say(f"preset: {preset}, {because}; data: {data}, {whose}; --help lists all that can be set")
-    batch = f"{config.total_batch_size} x {config.seq_len}"
-    say(f"run: {run.out}/{run.name}: {config.num_iterations:,} steps of {batch} tokens, {tokens / 1e6:,.1f}M in all")
-    return run, config
+    return dataclasses.replace(run, preset=preset, data=data, num_shards=shards), config
 
 
 def describe_result(result, config):

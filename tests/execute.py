@@ -8,13 +8,15 @@ from nbclient import NotebookClient
 
 _MODEL = (
     "--n_head 2 --n_kv_head 1 --head_dim 16 --seq_len 64 --vocab_size 512 "
-    "--device_batch_size 2 --total_batch_size 256 --num_iterations 5 --eval_every 2 "
+    "--device_batch_size 2 --total_batch_size 256 --num_iterations 5 "
 )
 # The smallest run of each notebook that still passes through all of it.
+_SWEEP = "--aspect_ratio 16 --total_batch_size 8 --num_iterations 4 --eval_tokens 1024 --loss_slice 512 "
 TINY = {
     "01_tokenizer": "--vocab_size 512",
-    "02_train": _MODEL + "--aspect_ratio 16",
-    "04_maxtext": _MODEL + "--n_embd 48 --n_layer 2 --mlp_dim 80 --tile 16",
+    "02_train": _MODEL + "--eval_every 2 --aspect_ratio 16",
+    "03_worker": _MODEL + _SWEEP + "--evaluations 2 --run_cap 2",
+    "04_maxtext": _MODEL + "--eval_every 2 --n_embd 48 --n_layer 2 --mlp_dim 80 --tile 16",
 }
 
 

@@ -1,0 +1,1042 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   colab:
+#     gpuType: V6E1
+#     machine_shape: hm
+#     provenance: []
+#   jupytext:
+#     notebook_metadata_filter: accelerator,colab
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/onechip/onechip/blob/main/notebooks/03_worker.ipynb)
+# # Sweep on as many Colabs as you have, and on none
+#
+# A sweep tries settings of 02's trainer, learns from each trial which to try next, and stops the hopeless ones early.
+# **To sweep a changed model**, push your change to a branch and set `REF` in the cell below to it: every worker then
+# runs that very commit, and one that does not says so and stops. **What it costs** in chip hours is the estimated time
+# of a step times the steps of a trial times the number of trials, printed before the first one starts: at the 0.71 s
+# that the compiler estimates for a step of 131,072 tokens, 30 trials of 1,000 steps are 6 hours of one v6e, less what
+# is stopped early. **To stop a worker**, use the stop button or Ctrl-C: its trial is saved and handed out again; to
+# stop the whole sweep, use the sweep's page in wandb, or just start no worker.
+#
+# | where | needs | trials | time | cost |
+# |---|---|---|---|---|
+# | laptop, two cores | no account, no network | 6 of 0.1M tokens | a minute of CPU time each | nothing |
+# | Colabs, TPU v6e | a wandb account, or a shared folder | 30 of 131M tokens | 12 minutes each | compute units |
+
+# %% cellView="form"
+# @title Opening cell, the same in every notebook
+# On Colab: fetches the sibling files, installs what the image lacks, looks for the TPU. Elsewhere: finds the siblings.
+REPOSITORY = "https://github.com/onechip/onechip"
+REF = "main"  # @param {type:"string"}
+# @markdown REF is the version of the sibling files: a branch, a tag or a full commit hash.
+# @markdown In a copy of yours that must stay as it is, name the commit that `config.json` of its runs tells.
+
+
+def open_notebook(repository, ref):
+    """Makes the sibling files importable, without touching any package that is already installed."""
+    import importlib.metadata
+    import os
+    import subprocess
+    import sys
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    repository, ref = os.environ.get("ONECHIP_REPO", repository), os.environ.get("ONECHIP_REF", ref)
+    on_colab = find_spec("google") is not None and find_spec("google.colab") is not None
+    clone = Path(f"onechip-{ref}".replace("/", "-")).resolve()  # named after the ref: another ref, another folder
+    folders = [f for f in (Path.cwd(), Path.cwd().parent, clone) if (f / "01_tokenizer.py").exists()]
+    if not folders and not on_colab:
+        raise RuntimeError(f"no 01_tokenizer.py here or one folder up: open this notebook in a clone of {repository}")
+    if not folders:
+        clone.mkdir(exist_ok=True)
+        # fetch, not clone --branch: that takes no commit hash
+        for step in (["init"], ["fetch", "--depth", "1", repository, ref], ["checkout", "FETCH_HEAD"]):
+            command, asking = ["git", "-C", clone, step[0], "-q", *step[1:]], {"GIT_TERMINAL_PROMPT": "0"}
+            git = subprocess.run(command, capture_output=True, text=True, env=os.environ | asking)
+            if git.returncode:
+                raise RuntimeError(f"cannot fetch {ref!r} of {repository}: {git.stderr.strip().partition(chr(10))[0]}")
+    sys.path.insert(0, str((folders or [clone])[0]))
+    if on_colab:
+        if missing := [name for name in ("tensorboard", "xprof", "wandb", "sweeps") if find_spec(name) is None]:
+            # Each installed version is a constraint, so that pip adds packages and replaces none.
+            installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
+            pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]
+            if subprocess.run(pip, input=installed, text=True).returncode:
+                print(f"Going on without {', '.join(missing)}: pip could not install them beside what is here.")
+        import common  # noqa: F401  (before jax: it keeps a libtpu that has no TPU quiet)
+
+        # isort: split
+        import jax
+
+        if jax.default_backend() != "tpu":
+            print("=" * 80, f"NO TPU: JAX found only {jax.default_backend().upper()}.", sep="\n")
+            print("Choose Runtime > Change runtime type > v6e-1 TPU, then Run all again. Going on without one.")
+            print("=" * 80)
+
+
+if "__file__" not in globals():  # a kernel only: scripts and imports find their siblings by themselves
+    open_notebook(REPOSITORY, REF)
+
+# %% [markdown]
+# ## Setup
+#
+# The trainer is 02's, imported, so a sweep's winner is what 02 trains. wandb and `sweeps`, its search algorithms as
+# plain functions, are imported where they are used: without an account only `sweeps` is needed.
+
+# %%
+import _thread
+import contextlib
+import csv
+import dataclasses
+import difflib
+import functools
+import gc
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+import common
+from common import UserError, require, say, setting
+
+train = importlib.import_module("02_train")
+tok = importlib.import_module("01_tokenizer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Worker:
+    """What this worker does, and, where it makes the sweep, what the sweep is."""
+
+    where: str = setting("", "wandb or local; empty: wandb where there is a key and the preset is not laptop")
+    sweep: str = setting("", "id of a wandb sweep to join, [entity/project/]id; empty: the one of these settings")
+    count: int = setting(0, "trials that this worker runs; 0: until the sweep is over")
+    run_cap: int = setting(0, "trials of the whole sweep; 0: 6 for the laptop preset, else 30")
+    budget: str = setting("tokens", "what every trial gets the same of: tokens or flops")
+    evaluations: int = setting(5, "evaluations in a trial, evenly spaced: the points at which it can be stopped early")
+    method: str = setting("bayes", "bayes, random or grid")
+    project: str = setting("onechip", "wandb project")
+    any_version: bool = setting(False, "go on although commit or data are not those that the sweep was made with")
+    give_up: int = setting(12, "failed trials in a row that end a worker; 0: none do")
+    lease: float = setting(60.0, "local: seconds without a sign of life after which a trial is handed out again")
+
+
+# %% [markdown]
+# ## What is swept
+#
+# A sweep is one dictionary in wandb's format, whoever hands the trials out. `SPACE` names `Config` fields, the rest of
+# a `Config` stands beside them as constants, and so do commit and data: who joins needs nothing but the sweep. What
+# follows from a field is not swept: `n_head` brings width and depth along. A misspelt name, a bound that no `Config`
+# takes or two values that do not go together are told when the sweep is made, not by its 17th trial.
+
+# %%
+SPACE = {
+    "learning_rate": {"distribution": "log_uniform_values", "min": 5e-5, "max": 3e-3},
+    "weight_decay": {"min": 0.0, "max": 0.3},
+    "warmup_ratio": {"min": 0.0, "max": 0.1},
+    "warmdown_ratio": {"min": 0.2, "max": 0.8},
+    "n_head": {"values": [6, 8, 10]},
+    "device_batch_size": {"values": [2, 4, 8]},
+}
+SPACES = {
+    "chip": SPACE,
+    "gpu": SPACE | {"device_batch_size": {"values": [8, 16, 32]}},
+    "laptop": SPACE
+    | {
+        "learning_rate": {"distribution": "log_uniform_values", "min": 5e-4, "max": 2e-2},  # a model of 1/37 the size
+        "n_head": {"values": [2, 3, 4]},
+        "device_batch_size": {"values": [4, 8]},
+    },
+}
+# A trial is a short run: what it tells is which setting learns faster, not how good a long run gets.
+TRIALS = {
+    "chip": train.PRESETS["chip"] | {"num_iterations": 1000},
+    "gpu": train.PRESETS["gpu"] | {"num_iterations": 1000},
+    "laptop": train.PRESETS["laptop"] | {"num_iterations": 60, "eval_tokens": 1 << 14},
+}
+METRIC = "val_bpb"
+ORIGIN = ("commit", "data", "data_name", "data_revision", "num_shards", "budget", "budget_size", "evaluations")
+DERIVED = ("num_iterations", "eval_every", "sample_every", "save_every", "keep")  # follow from budget and evaluations
+
+
+def make_sweep(settings, run, config, space, corpus):
+    """The sweep as a dictionary in wandb's format: `space` over the fields of `config`, which are constants else."""
+    fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in DERIVED}
+    fixed["n_kv_head"] = 0 if config.n_kv_head == config.n_head else config.n_kv_head  # so that n_head can be swept
+    tokens = common.count_tokens(config)
+    size = tokens if settings.budget == "tokens" else tokens * train.flops_per_token(config)
+    data = run.data if run.data in ("offline", "fineweb") else ""  # a folder's path is each worker's own
+    origin = (common.git_commit() or "", data, corpus.name, corpus.revision, run.num_shards)
+    constants = fixed | dict(zip(ORIGIN, (*origin, settings.budget, size, settings.evaluations), strict=True))
+    sweep = {
+        "method": settings.method,
+        "metric": {"name": METRIC, "goal": "minimize"},
+        "early_terminate": {"type": "hyperband", "min_iter": max(1, settings.evaluations // 4), "eta": 2},
+        "run_cap": settings.run_cap or (6 if run.preset == "laptop" else 30),
+        "parameters": {**{name: {"value": value} for name, value in constants.items()}, **space},
+    }
+    digest = hashlib.sha256(json.dumps(sweep, sort_keys=True).encode()).hexdigest()[:6]
+    return {"name": run.name or f"sweep-{run.preset}-{corpus.name}-{digest}", **sweep}
+
+
+def swept(sweep):
+    """The swept parameters of a sweep, without its constants."""
+    return {name: spec for name, spec in sweep["parameters"].items() if "value" not in spec}
+
+
+def constants(sweep):
+    """The constants of a sweep, by name."""
+    return {name: spec["value"] for name, spec in sweep["parameters"].items() if "value" in spec}
+
+
+# %%
+def extremes(name, spec):
+    """The values, or the two bounds, of a swept parameter; UserError if it has neither."""
+    if values := spec.get("values"):
+        return list(values)
+    bounds = [spec.get("min"), spec.get("max")]
+    ordered = all(isinstance(b, int | float) for b in bounds) and bounds[0] < bounds[1]
+    require(ordered, name, spec, "give values, or min and max with min < max")
+    log = "log" in spec.get("distribution", "")
+    require(not log or bounds[0] > 0, name, spec, "a logarithmic distribution needs min > 0")
+    return bounds
+
+
+def check_sweep(sweep):
+    """Builds the Config of every combination of extremes and returns them; UserError for the first that cannot be."""
+    fields = [field.name for field in dataclasses.fields(train.Config)]
+    space = swept(sweep)
+    require(space, "space", space, "name at least one Config field to sweep")
+    for name in space:
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(fields)}"
+        require(name in fields, "swept parameter", name, f"is no field of Config; {hint}")
+        require(name not in DERIVED, "swept parameter", name, "follows from the budget and is not swept")
+    choices = itertools.product(*(extremes(name, spec) for name, spec in space.items()))
+    combinations = [dict(zip(space, choice, strict=True)) for choice in itertools.islice(choices, 4096)]
+    return [trial_config(constants(sweep) | combination) for combination in combinations]
+
+
+# %% [markdown]
+# ## Comparable trials
+#
+# Trials of one sweep get the same number of tokens, or, if you choose `--budget flops`, the same number of FLOPs: then
+# a smaller model sees more tokens, which is the question that a choice of size really asks. All are scored on the same
+# held-out tokens, at the same shares of their run: five evaluations by default, whatever the number of steps. The score
+# is reported there and nowhere else, because Hyperband counts reports: the second of one trial must mean what the
+# second of another does.
+
+
+# %%
+def trial_config(parameters):
+    """The Config of a trial: its steps follow from the budget, rounded so that the evaluations are evenly spaced."""
+    kinds = {field.name: field.type for field in dataclasses.fields(train.Config) if field.name not in DERIVED}
+    values = {name: plain(parameters[name], kind) for name, kind in kinds.items()}
+    count = int(parameters["evaluations"])
+    require(count > 0, "evaluations", count, "must be a positive integer")
+    require(parameters["budget"] in ("tokens", "flops"), "budget", parameters["budget"], "use tokens or flops")
+    config = train.Config(**values, num_iterations=count)
+    per_token = train.flops_per_token(config) if parameters["budget"] == "flops" else 1
+    step = config.total_batch_size * config.seq_len * per_token
+    every = max(1, round(parameters["budget_size"] / step / count))
+    derived = {"num_iterations": every * count, "eval_every": every, "sample_every": 0, "save_every": 0, "keep": 1}
+    return dataclasses.replace(config, **derived)
+
+
+def plain(value, kind):
+    """A parameter as a Config field takes it: no NumPy scalar, and no 0 where 0.0 is meant."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return float(value) if kind is float and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+# %% [markdown]
+# ## One trial
+#
+# A configuration may not compile, not fit, or lose its mind halfway: that must cost its own time and nothing else. Each
+# trial runs in a thread of its own, and what it raises leaves that thread as text: a traceback keeps every frame of the
+# failed trial alive, parameters and moments included, and the next ten trials would run out of memory for it. The
+# other thread only waits, so that whatever ends a trial early (Ctrl-C, or the exception that wandb's agent throws into
+# its thread) hits a wait, never the middle of a step; the trial is told and ends at its next line of metrics.
+
+
+# %%
+class Outcome(NamedTuple):
+    """How a trial ended: finished, stopped (early), failed, interrupted (to be handed out again) or lost; and why."""
+
+    state: str
+    reason: str = ""
+
+
+class EndTrial(Exception):
+    """Ends a trial from within its listener."""
+
+
+class Request:
+    """A request to end a trial, by whoever comes first; `outcome` is None until there is one."""
+
+    def __init__(self):
+        self.outcome, self.told = None, False
+
+    def ask(self, state, reason):
+        self.outcome = self.outcome or Outcome(state, reason)
+
+    def obey(self):
+        """Raises, once, what makes train() end: KeyboardInterrupt where it is to save first."""
+        if self.outcome and not self.told:
+            self.told = True
+            raise KeyboardInterrupt if self.outcome.state == "interrupted" else EndTrial
+
+
+class Job(NamedTuple):
+    """A trial to run: its parameters, folder, a note for its checkpoints, and whom to tell."""
+
+    name: str
+    parameters: dict
+    run_dir: Path
+    request: Request
+    on_start: Callable = lambda config: None  # once it is known that it fits
+    on_evaluation: Callable = lambda rows: None  # all evaluations so far, as rows of metrics.jsonl
+
+
+def read_evaluations(run_dir):
+    """The rows of metrics.jsonl that hold an evaluation, those from before an interruption included."""
+    path = Path(run_dir) / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if METRIC in row]
+
+
+def attempt(job, corpus):
+    """Trains a Job's model; the Outcome, or what went wrong as an exception."""
+    config = trial_config(job.parameters)
+    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
+    train.preflight(config)  # DoesNotFit is told in a line, before anything is on the device
+    job.on_start(config)
+
+    def listen(row):
+        if row["step"] < config.num_iterations:  # what is complete is not ended early
+            if METRIC in row:
+                job.on_evaluation(read_evaluations(job.run_dir))
+            job.request.obey()
+
+    remember = {"trial": job.name}
+    result = train.train(config, corpus, tokenizer, job.run_dir, on_log=listen, remember=remember)
+    job.on_evaluation(read_evaluations(job.run_dir))
+    return Outcome("finished") if result.step == config.num_iterations else job.request.outcome
+
+
+# %%
+def clear_traceback(error):
+    """Empties the frames of an exception and of those behind it: they hold the parameters of what failed."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def contain(work, request):
+    """work()'s Outcome, or one that tells in words what it raised; no frame and no array of it stays behind."""
+    try:
+        return work()
+    except EndTrial:
+        return request.outcome
+    except BaseException as error:
+        clear_traceback(error)
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return Outcome("failed", kind + common.first_line(error))
+
+
+def run_trial(job, corpus, interrupt=None):
+    """Runs a Job in a thread of its own, waits, and returns its Outcome; the device is as empty as before.
+
+    An exception thrown into the waiting thread ends the trial as stopped, a noted `interrupt` as interrupted.
+    """
+    done = []
+    work = lambda: done.append(contain(functools.partial(attempt, job, corpus), job.request))
+    thread = threading.Thread(target=work, name="trial")
+    thread.start()
+    while not done:
+        thrown = False
+        try:
+            time.sleep(0.1)  # no lock: an exception that is thrown in here must not leave one taken
+        except Exception:
+            thrown = True
+        if interrupt and interrupt.requested:  # first: wandb's agent passes an interrupt on as such an exception
+            job.request.ask("interrupted", "the worker was stopped")
+        elif thrown:
+            job.request.ask("stopped", "by the sweep")
+    thread.join()
+    gc.collect()
+    jax.clear_caches()  # programs take room on the device, too; the cache on disk keeps them
+    if done[0].state in ("finished", "stopped", "failed"):
+        shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # 3 GB each for the default model
+    return done[0]
+
+
+# %% [markdown]
+# ## Without an account
+#
+# A folder holds the sweep, one file per trial, and whatever each trial has come to. Workers on one machine, or on a
+# shared folder, need no server and no locks, only two operations that file systems do whole: a file is created by one
+# worker and no other, and renamed over an old one. A trial belongs to whom created its newest lease, whose time stamp
+# is renewed every ten seconds; when that stops for a minute, the next lease can be created, and the trial goes on from
+# its checkpoint in other hands. What to try next, and what to stop, `sweeps` says: the code that wandb's servers run.
+
+
+# %%
+def load_search():
+    """The `sweeps` library; UserError where it is not installed."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # pydantic's, on every import
+            import sweeps
+
+            return sweeps
+    except ImportError as error:
+        raise UserError(
+            f"sweeps cannot be imported ({error}): pip install sweeps, or sweep with --where wandb"
+        ) from None
+
+
+def beside(path):
+    """A path that no other worker uses, for what is to become `path`."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}")
+
+
+def create_whole(path, text):
+    """Creates a file with its content if there is none of that name; whether it did. One of many callers does."""
+    draft = beside(path)
+    draft.write_text(text)
+    try:
+        os.link(draft, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # no hard links on this file system, Google Drive's for one
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:
+            file.write(text)
+            return True
+        return False
+    finally:
+        draft.unlink()
+
+
+def read_json(path):
+    """A file's JSON, or None where there is none, or none yet."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def telling_in_one_line():
+    """Puts back, in a script, the hook that tells bad input in one line: wandb's prints a traceback for all."""
+    try:
+        yield
+    finally:
+        if not common.in_notebook():
+            sys.excepthook = common.print_one_line_errors
+
+
+class Lease:
+    """Keeps a lease's time stamp fresh in a thread; asks the trial to end if another worker has created the next."""
+
+    def __init__(self, path, request, seconds):
+        self._path, self._request, self._pause = path, request, seconds / 6
+        number = int(path.suffix.removeprefix(".lease-"))
+        self._next, self._stop = path.with_suffix(f".lease-{number + 1}"), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
+
+    def is_lost(self):
+        """Whether another worker has taken the trial over; then its request says so."""
+        if lost := self._next.exists():
+            self._request.ask("lost", "another worker has taken it over")
+        return lost
+
+    def _work(self):
+        while not self._stop.wait(self._pause) and not self.is_lost():
+            with contextlib.suppress(OSError):  # a shared folder that is away for a moment
+                os.utime(self._path)
+
+    def __enter__(self):
+        self._thread.start()
+
+    def __exit__(self, *exception):
+        self._stop.set()
+        self._thread.join()
+
+
+# %%
+class LocalSweep:
+    """A sweep in a folder: sweep.json; per trial NNNN.json, NNNN.lease-K and NNNN.result.json; trial-NNNN/ its run."""
+
+    def __init__(self, folder, sweep, lease=60.0, give_up=0):
+        self.folder, self._seconds, self._give_up, self._search = Path(folder), lease, give_up, load_search()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        create_whole(self.folder / "sweep.json", json.dumps(sweep, indent=2) + "\n")
+        self.sweep = read_json(self.folder / "sweep.json")
+        require(self.sweep, "sweep", str(self.folder / "sweep.json"), "cannot be read: use another --name")
+        if self.sweep != json.loads(json.dumps(sweep)):
+            say(f"sweep: {self.folder} holds one that was made with other settings; going on with it as it was made")
+
+    def trials(self):
+        """[{"name", "parameters", "state", "reason", "rows"}, ...] of all trials, in their order."""
+        return [self._read(path) for path in sorted(self.folder.glob("[0-9][0-9][0-9][0-9].json"))]
+
+    def _read(self, path):
+        # The lease first: who takes the trial after that creates a newer one, and what is read then is not acted on.
+        leases = [int(lease.suffix.removeprefix(".lease-")) for lease in self.folder.glob(f"{path.stem}.lease-*")]
+        started = {"parameters": read_json(path) or {}, "state": "running", "reason": "", "rows": [], "released": 0}
+        result = read_json(path.with_suffix(".result.json")) or {}
+        return {"name": path.stem, **started, **result, "lease": max(leases, default=0)}
+
+    def write(self, name, state, reason="", rows=None, released=0):
+        """Notes what a trial has come to; rows stay as they were unless given; `released` is a lease given back."""
+        path = self.folder / f"{name}.result.json"
+        rows = (read_json(path) or {}).get("rows", []) if rows is None else rows
+        with common.atomic_write(path) as part:
+            part.write_text(json.dumps({"state": state, "reason": reason, "rows": rows, "released": released}) + "\n")
+
+    def _lease(self, trial, number):
+        return self.folder / f"{trial['name']}.lease-{number}"
+
+    def _is_free(self, trial):
+        """Whether a trial that is not over is in nobody's hands; all times are the file system's own."""
+        if trial["lease"] == trial["released"]:  # 0 for one that nobody has had
+            return True
+        probe = beside(self.folder / "now")
+        probe.write_text("")
+        age = probe.stat().st_mtime - self._lease(trial, trial["lease"]).stat().st_mtime
+        probe.unlink()
+        return age > self._seconds
+
+    def claim(self):
+        """(trial, lease) that is this worker's now: one left behind, or a new one; None if there is nothing to do."""
+        while True:
+            trials = self.trials()
+            open_ones = [trial for trial in trials if trial["state"] in ("running", "interrupted")]
+            free = next(filter(self._is_free, open_ones), None)
+            if free:
+                lease = self._lease(free, free["lease"] + 1)
+                if create_whole(lease, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n"):
+                    self.write(free["name"], "running")
+                    return free, lease
+            elif len(trials) >= self.sweep["run_cap"] or not self._propose(trials):
+                return None
+
+    def _propose(self, trials):
+        """Creates the next trial, by the search, unless another worker was faster; false where a grid is used up."""
+        with warnings.catch_warnings(action="ignore"):  # scikit-learn's, on the fit of five points
+            proposed = self._search.next_run(self.sweep, self._as_runs(trials))
+        if proposed is None:
+            return False
+        values = {name: entry["value"] for name, entry in proposed.config.items()}
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+        create_whole(self.folder / f"{len(trials) + 1:04d}.json", json.dumps(values) + "\n")
+        return True
+
+    def _as_runs(self, trials):
+        states = {"interrupted": "running", "stopped": "finished"}
+        return [
+            self._search.SweepRun(
+                name=trial["name"],
+                state=states.get(trial["state"], trial["state"]),
+                config={name: {"value": value} for name, value in trial["parameters"].items()},
+                sampledHistory=[{METRIC: row[METRIC]} for row in trial["rows"]],
+            )
+            for trial in trials
+            if trial["parameters"]
+        ]
+
+    def _note_evaluation(self, name, lease, request, rows):
+        """Keeps a running trial's rows and asks Hyperband whether it should go on."""
+        if lease.is_lost():
+            return
+        self.write(name, "running", rows=rows)
+        if "early_terminate" in self.sweep:
+            if name in [run.name for run in self._search.stop_runs(self.sweep, self._as_runs(self.trials()))]:
+                share = f"{len(rows)} of {constants(self.sweep)['evaluations']}"
+                request.ask("stopped", f"by Hyperband, {rows[-1][METRIC]:.3f} after evaluation {share}")
+
+    def run_next(self, corpus, interrupt):
+        """Claims and runs one trial; its name and Outcome, or None if there is nothing to do."""
+        claimed = self.claim()
+        if claimed is None:
+            return None
+        trial, path = claimed
+        name, request = trial["name"], Request()
+        lease = Lease(path, request, self._seconds)
+        note = functools.partial(self._note_evaluation, name, lease, request)
+        say(f"trial {name}: {describe_parameters(trial['parameters'], self.sweep)}")
+        job = Job(name, trial["parameters"], self.folder / f"trial-{name}", request, on_evaluation=note)
+        with lease:
+            outcome = self._run(job, corpus, interrupt)
+        if outcome.state != "lost":
+            self.write(name, *outcome, released=trial["lease"] + 1 if outcome.state == "interrupted" else 0)
+        return name, outcome
+
+    def _run(self, job, corpus, interrupt):
+        if os.environ.get("WANDB_MODE") != "offline":
+            return run_trial(job, corpus, interrupt)
+        names = {"project": "onechip", "group": self.sweep["name"], "config": job.parameters, "dir": self.folder}
+        run = load_wandb().init(id=f"{self.sweep['name']}-{job.name}", resume="allow", **names)
+        return run_recorded(run, job, corpus, interrupt)
+
+    def waits(self):
+        """Whether other workers have trials in hand that may yet come back."""
+        return any(trial["state"] in ("running", "interrupted") for trial in self.trials())
+
+    @telling_in_one_line()
+    def work(self, corpus, count=0):
+        """Runs trials until the sweep is over, `count` are done, too many in a row have failed, or Ctrl-C."""
+        failures, ran, waiting = 0, 0, False
+        with common.deferred_interrupt() as interrupt:
+            while not interrupt.requested and not (count and ran >= count):
+                done = self.run_next(corpus, interrupt)
+                if done is None:
+                    if not self.waits():
+                        return
+                    if not waiting:
+                        say("waiting for the trials of other workers, should one of them be left behind")
+                    waiting = True
+                    time.sleep(min(5.0, self._seconds / 6))
+                    continue
+                ran, waiting = ran + 1, False
+                say(f"trial {done[0]}: {describe_outcome(done[1])}")
+                failures = failures + 1 if done[1].state == "failed" else 0
+                require(not self._give_up or failures < self._give_up, "failed trials in a row", failures, GIVE_UP)
+
+
+GIVE_UP = "the fault is hardly in the settings: the reasons stand in the table; --give_up 0 goes on all the same"
+
+
+def describe_parameters(parameters, sweep):
+    """The swept values in one line."""
+    return ", ".join(f"{name} {show(parameters.get(name))}" for name in swept(sweep))
+
+
+def describe_outcome(outcome):
+    """An Outcome in one line."""
+    return outcome.state + (f": {outcome.reason}" if outcome.reason else "")
+
+
+def show(value):
+    """A value in at most a few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+# %% [markdown]
+# ## With wandb
+#
+# wandb's server proposes, stops and counts; any number of workers ask it. Its agent runs each trial as a function in a
+# thread, and three of its habits decide what that function does. It stops an agent after three errors in a minute, so a
+# failed trial is marked as failed but raises nothing. It hands a run out again only if the run was marked as preempting
+# and then fell silent or left with an exit code: so every trial is marked, once it is known to fit, and what fails
+# after that leaves with 0, its state and reason in the summary, for otherwise it would come back for ever. And it
+# counts whatever is logged: a run that comes back logs no evaluation twice.
+
+
+# %%
+def load_wandb():
+    """wandb, with its files below runs/ and its key from the environment or Colab's secrets; UserError without it."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"wandb cannot be imported ({error}): pip install wandb, or sweep with --where local") from None
+    if key := common.read_secret("WANDB_API_KEY"):
+        os.environ["WANDB_API_KEY"] = key  # where its own process looks
+    return wandb
+
+
+def run_recorded(run, job, corpus, interrupt=None):
+    """Runs a Job with its evaluations and its Outcome recorded in an open wandb run, which is finished; the Outcome."""
+    run.define_metric("trained_steps")
+    run.define_metric("*", step_metric="trained_steps")
+    known = [run.summary.get("trained_steps", 0) if run.resumed else 0]  # what wandb has from before
+    started = []
+
+    def start(config):
+        started.append(run.mark_preempting())
+        job.on_start(config)
+
+    def log(rows):
+        for row in rows:
+            if row["step"] > known[0]:
+                run.log({"trained_steps": row["step"], METRIC: row[METRIC], "val_loss": row["val_loss"]})
+                known[0] = row["step"]
+        job.on_evaluation(rows)
+
+    outcome = run_trial(job._replace(on_start=start, on_evaluation=log), corpus, interrupt)
+    if outcome.state == "interrupted" and not started:
+        run.mark_preempting()
+    run.summary.update({"outcome": outcome.state, "reason": outcome.reason})
+    if outcome.state == "failed":
+        run.tags = (*(run.tags or ()), "failed")
+    again = outcome.state in ("interrupted", "lost")
+    run.finish(exit_code=1 if again or (outcome.state == "failed" and not started) else 0)
+    return outcome
+
+
+class WandbSweep:
+    """A sweep on wandb's server, which `path`, entity/project/id, names."""
+
+    def __init__(self, path, out, give_up=0):
+        self._wandb, self.path = load_wandb(), path
+        self.sweep = self._find().config
+        self.sweep.setdefault("name", path.rpartition("/")[2])
+        missing = [name for name in ORIGIN if name not in constants(self.sweep)]
+        require(not missing, "sweep", path, f"was not made by this notebook: it does not say {', '.join(missing)}")
+        self.folder = Path(out) / self.sweep["name"]  # of the sweep's name: whoever made it finds its trials there
+        self._give_up, self._failures = give_up, 0
+
+    def _find(self):
+        try:
+            return self._wandb.Api().sweep(self.path)
+        except Exception as error:  # wandb's and the network's
+            raise UserError(f"sweep={self.path!r}: wandb does not find it ({common.first_line(error)})") from None
+
+    def _run_one(self, corpus, interrupt):
+        run = self._wandb.init(resume="allow")  # the agent has set the id, and what to try
+        parameters = dict(run.config)
+        say(f"trial {run.id}: {describe_parameters(parameters, self.sweep)}")
+        job = Job(run.id, parameters, self.folder / f"trial-{run.id}", Request())
+        outcome = run_recorded(run, job, corpus, interrupt)
+        say(f"trial {run.id}: {describe_outcome(outcome)}")
+        self._failures = self._failures + 1 if outcome.state == "failed" else 0
+        if self._give_up and self._failures >= self._give_up:
+            _thread.interrupt_main()  # the only way to end the agent from here
+
+    @telling_in_one_line()
+    def work(self, corpus, count=0):
+        """Runs an agent until the sweep is over, `count` trials are done, too many have failed, or Ctrl-C."""
+        with noting_interrupt() as interrupt:
+            entity, project, name = self.path.split("/")
+            run_one = functools.partial(self._run_one, corpus, interrupt)
+            self._wandb.agent(name, run_one, entity=entity, project=project, count=count or None)
+        failures = self._failures
+        require(not self._give_up or failures < self._give_up, "failed trials in a row", failures, GIVE_UP)
+
+    def trials(self):
+        """[{"name", "parameters", "state", "reason", "rows"}, ...] of all trials."""
+        return [self._describe(run) for run in self._find().runs]
+
+    def _describe(self, run):
+        keys = ["trained_steps", METRIC]
+        history = run.history(samples=1000, keys=keys, pandas=False)  # all there are: one per evaluation
+        rows = [{"step": int(row[keys[0]]), METRIC: row[METRIC]} for row in history]
+        summary = dict(run.summary)
+        state, reason = summary.get("outcome", run.state), summary.get("reason", "")
+        return {"name": run.id, "parameters": dict(run.config), "state": state, "reason": reason, "rows": rows}
+
+    def record(self, rows, picture):
+        """Puts the table and the picture into a run of their own, beside the sweep's."""
+        entity, project, name = self.path.split("/")
+        names = {"entity": entity, "project": project, "id": f"results-{name}", "name": f"results of {name}"}
+        with self._wandb.init(resume="allow", job_type="results", **names) as run:
+            columns = list(rows[0])
+            table = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+            run.log({"results": table, "picture": self._wandb.Image(str(picture))})
+
+
+@contextlib.contextmanager
+def noting_interrupt():
+    """Notes SIGINT and SIGTERM in `.requested` and raises KeyboardInterrupt: the agent ends, the trial knows why."""
+    noted = Noted()
+
+    def note(signum, frame):
+        noted.requested = True
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Noted:
+    """Whether the worker was asked to stop."""
+
+    requested = False
+
+
+def create_online(sweep, project, folder):
+    """The path, entity/project/id, of this sweep on wandb's server: made there, unless this machine remembers it."""
+    note = Path(folder) / "wandb_sweep.txt"  # so that Run all after a disconnect makes no second one
+    if note.exists():
+        return note.read_text().strip()
+    wandb = load_wandb()
+    try:
+        name = wandb.sweep(sweep, project=project)
+    except Exception as error:  # wandb's and the network's
+        raise UserError(f"project={project!r}: wandb did not take the sweep ({common.first_line(error)})") from None
+    path = f"{os.environ.get('WANDB_ENTITY') or wandb.Api().default_entity}/{project}/{name}"
+    with common.atomic_write(note) as part:
+        part.write_text(path + "\n")
+    say(f"sweep: {path}; other workers join it with --sweep {path}")
+    return path
+
+
+# %% [markdown]
+# ## What came out
+#
+# One row per trial, sorted by bits per byte. The table says what the trials had in common, tokens or FLOPs, since a
+# ranking of model sizes means nothing without it; a trial that was stopped early stands with the score it had then.
+
+
+# %%
+def tabulate(backend):
+    """Rows of a table, best first: trial, state, val_bpb or None, steps, tokens, flops, swept values and reason."""
+    rows = [tabulate_trial(trial, backend.sweep) for trial in backend.trials()]
+    return sorted(rows, key=lambda row: math.inf if row[METRIC] is None else row[METRIC])
+
+
+def tabulate_trial(trial, sweep):
+    """One row of the table."""
+    best = min((row[METRIC] for row in trial["rows"]), default=None)
+    steps = max((row["step"] for row in trial["rows"]), default=0)
+    row = {"trial": trial["name"], "state": trial["state"], METRIC: best, "steps": steps, "tokens": 0, "flops": 0.0}
+    with contextlib.suppress(UserError, KeyError):  # what could not be built has not trained
+        config = trial_config(trial["parameters"])
+        row["tokens"] = steps * config.total_batch_size * config.seq_len
+        row["flops"] = row["tokens"] * train.flops_per_token(config)
+    values = {name: trial["parameters"].get(name) for name in swept(sweep)}
+    return {**row, **values, "reason": trial["reason"]}
+
+
+def describe_table(rows, sweep):
+    """The table as text, below a line that says what was equal."""
+    fixed, names = constants(sweep), swept(sweep)
+    size = f"{fixed['budget_size']:,.0f} tokens" if fixed["budget"] == "tokens" else f"{fixed['budget_size']:.3g} FLOPs"
+    heads = ["trial", "state", METRIC, "steps", "tokens", "FLOPs", *names, ""]
+    body = [
+        [
+            *(row["trial"], row["state"], "" if row[METRIC] is None else f"{row[METRIC]:.4f}", str(row["steps"])),
+            *(f"{row['tokens'] / 1e6:.2f}M", f"{row['flops']:.2e}"),
+            *(show(row[name]) for name in names),
+            row["reason"],
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [heads, *body]]
+    return "\n".join([f"{sweep['name']}: equal {fixed['budget']}, {size} a trial", *(line.rstrip() for line in lines)])
+
+
+def write_table(rows, path):
+    """The table as a CSV file."""
+    with common.atomic_write(path) as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def best_config(backend):
+    """The Config of the best trial that ran to its end, ready for 02; UserError if there is none."""
+    names = {trial["name"]: trial["parameters"] for trial in backend.trials()}
+    done = [row for row in tabulate(backend) if row["state"] == "finished"]
+    require(done, "sweep", backend.sweep["name"], "no trial has finished yet: run more of them")
+    return trial_config(names[done[0]["trial"]])
+
+
+# %%
+def plot_sweep(trials, rows, sweep, path):
+    """Writes a picture: the score against each swept parameter, and the learning curves; hollow: stopped early."""
+    from matplotlib.figure import Figure
+
+    names, by_name = list(swept(sweep)), {trial["name"]: trial for trial in trials}
+    scored = [row for row in rows if row[METRIC] is not None]
+    across = min(4, len(names) + 1)
+    down = math.ceil((len(names) + 1) / across)
+    figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
+    figure.suptitle(f"{sweep['name']}: equal {constants(sweep)['budget']}")
+    curves, *panels = figure.subplots(down, across, squeeze=False).flat
+    for panel, name in itertools.zip_longest(panels, names):
+        if name is None:
+            panel.axis("off")
+            continue
+        plot_parameter(panel, name, scored, "log" in sweep["parameters"][name].get("distribution", ""))
+    for i, row in enumerate(scored):
+        points = by_name[row["trial"]]["rows"]
+        shade = {"color": "tab:red", "linewidth": 2, "zorder": 3} if i == 0 else {"color": "tab:blue", "alpha": 0.4}
+        per_step = row["tokens"] / row["steps"] / 1e6
+        curves.plot([p["step"] * per_step for p in points], [p[METRIC] for p in points], ".-", **shade)
+    curves.set(xlabel="million tokens", ylabel="bits per byte, held out")
+    curves.grid(alpha=0.3)
+    with common.atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def plot_parameter(panel, name, rows, logarithmic):
+    """One panel: the score of each trial against one parameter, the best in red."""
+    for i, row in enumerate(rows):
+        color = "tab:red" if i == 0 else "tab:blue"
+        filled = color if row["state"] == "finished" else "none"
+        panel.plot([row[name]], [row[METRIC]], "o", color=color, markerfacecolor=filled)
+    panel.set(xlabel=name, xscale="log" if logarithmic else "linear")
+    if all(isinstance(row[name], int) for row in rows):
+        panel.set_xticks(sorted({row[name] for row in rows}))
+    panel.grid(alpha=0.3)
+
+
+# %% [markdown]
+# ## Run
+#
+# Without a key this sweeps on this machine; with one, and on more than a laptop, wandb holds the sweep. Its id is
+# printed: in every other Colab, and in this one on another day, write `"--sweep ENTITY/PROJECT/ID"` into `OVERRIDES`.
+# The same cells run again go on with the same sweep. A sweep remembers commit and data; a worker whose own are others
+# refuses to mix its trials in.
+
+
+# %%
+def choose_place(settings, run):
+    """wandb or local, and why, in a line."""
+    require(settings.where in ("", "wandb", "local"), "where", settings.where, "use wandb or local")
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    key = bool(settings.where or settings.sweep or common.read_secret("WANDB_API_KEY"))
+    place = settings.where or ("wandb" if settings.sweep or (key and online and run.preset != "laptop") else "local")
+    because = "as set" if settings.where or settings.sweep else "as there is no key" if not key else ""
+    because = because or ("as there is a key" if place == "wandb" else f"as the preset is {run.preset}")
+    say(f"trials: handed out by {'wandb' if place == 'wandb' else 'a folder on this machine'}, {because}")
+    return place
+
+
+def full_path(name, project):
+    """entity/project/id of a sweep that was named by its id alone, or by all three."""
+    parts = name.strip().strip("/").split("/")
+    require(len(parts) in (1, 3) and all(parts), "sweep", name, "give its id, or entity/project/id")
+    return "/".join(parts if len(parts) == 3 else [load_wandb().Api().default_entity, project, *parts])
+
+
+def check_version(sweep, corpus, any_version):
+    """Raises UserError where commit or data are not those that the sweep was made with."""
+    made, here = constants(sweep), {"commit": common.git_commit() or ""}
+    here |= {"data_name": corpus.name, "data_revision": corpus.revision}
+    for name, value in here.items():
+        if made[name] != value and any_version:
+            say(f"{name}: the sweep was made with {made[name]!r}, here it is {value!r}; going on, as set")
+        else:
+            remedy = f"the sweep was made with {made[name]!r}; use that (REF), or set --any_version true"
+            require(made[name] == value, name, value, remedy)
+
+
+@telling_in_one_line()
+def open_sweep(overrides):
+    """(backend, settings, corpus) of what the user set: makes the sweep or finds it, checks it, says what it is."""
+    given = common.parse_settings(Worker, common.Run, train.Config, overrides=overrides)
+    settings, asked, fields = Worker(**given[0]), common.Run(**given[1]), given[2]
+    run, config = common.settle(asked, train.Config, TRIALS, fields)
+    place, out = choose_place(settings, run), Path(run.out)
+    os.environ.setdefault("WANDB_DIR", str(out))
+    if settings.sweep:
+        path = full_path(settings.sweep, settings.project)
+        backend = WandbSweep(path, out, settings.give_up)
+        made = constants(backend.sweep)
+        corpus = tok.get_corpus(asked.data or made["data"] or run.data, made["num_shards"])
+    else:
+        corpus = tok.get_corpus(run.data, run.num_shards)
+        sweep = make_sweep(settings, run, config, SPACES[run.preset], corpus)
+        check_sweep(sweep)
+        folder = out / sweep["name"]
+        if place == "wandb":
+            backend = WandbSweep(create_online(sweep, settings.project, folder), out, settings.give_up)
+        else:
+            backend = LocalSweep(folder, sweep, settings.lease, settings.give_up)
+    check_version(backend.sweep, corpus, settings.any_version)
+    return backend, settings, corpus
+
+
+def describe_cost(backend):
+    """What the sweep holds and, where the step's time is known, what it costs at most."""
+    configs, cap = check_sweep(backend.sweep), backend.sweep.get("run_cap", 1000)
+    line = f"sweep: {backend.folder}: {cap} trials of equal {constants(backend.sweep)['budget']} over "
+    line += ", ".join(swept(backend.sweep))
+    middle = configs[len(configs) // 2]
+    if "TPU" not in jax.local_devices()[0].device_kind:
+        return line
+    try:
+        fit = train.preflight(middle)
+    except train.DoesNotFit as error:
+        return f"{line}\nnot all of it fits this device: {error}"
+    if not fit.step_seconds:
+        return line
+    hours = fit.step_seconds * middle.num_iterations * cap / 3600
+    return (
+        f"{line}\nat {fit.step_seconds:.2f} s a step, as estimated: {hours:.1f} chip hours, less what is stopped early"
+    )
+
+
+# %%
+OVERRIDES = ""  # @param ["", "--where wandb", "--budget flops --run_cap 20"] {allow-input: true}
+
+if __name__ == "__main__":
+    common.keep_compiled()
+    backend, settings, corpus = open_sweep(OVERRIDES)
+    print(describe_cost(backend))
+
+# %% [markdown]
+# The worker. Run this cell again for more trials; on a second Colab the same two cells, with the sweep's id, are a
+# second worker.
+
+# %%
+if __name__ == "__main__":
+    backend.work(corpus, settings.count)
+
+# %% [markdown]
+# ## Look
+#
+# The best is in red; what was stopped early is hollow. A best value at the edge of its range asks for a wider range,
+# and a panel with no slope for a parameter that need not be swept. The winner goes to 02 as it is, or by the line
+# below, at the length that a real run has.
+
+
+# %%
+@telling_in_one_line()
+def show_results(backend):
+    """Prints the table and saves it as results.csv, draws results.png, and puts both into wandb where the sweep is."""
+    rows, picture = tabulate(backend), backend.folder / "results.png"
+    require(rows, "sweep", backend.sweep["name"], "has no trial yet")
+    print(describe_table(rows, backend.sweep))
+    write_table(rows, backend.folder / "results.csv")
+    plot_sweep(backend.trials(), rows, backend.sweep, picture)
+    say(f"left in {backend.folder}: results.csv, results.png, and a folder for each trial")
+    with contextlib.suppress(UserError):  # none has run to its end
+        best = dataclasses.asdict(best_config(backend))
+        say(" ".join(["best: uv run 02_train.py", *(f"--{name} {best[name]}" for name in swept(backend.sweep))]))
+    if hasattr(backend, "record"):
+        backend.record(rows, picture)
+    if common.in_notebook():
+        from IPython.display import Image, display
+
+        display(Image(filename=str(picture), width=900))
+
+
+if __name__ == "__main__":
+    show_results(backend)

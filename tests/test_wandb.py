@@ -1,0 +1,175 @@
+"""03_worker against wandb's own client and agent, in real processes, which talk to a server on loopback."""
+
+import contextlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from execute import TINY
+from wandb_server import Fault, WandbServer
+
+worker = importlib.import_module("03_worker")
+pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.slow]
+
+# The notebook as a script, but that the agent asks for news more often than every five seconds.
+DRIVER = """
+import runpy, sys
+import wandb.agents.pyagent
+wandb.agents.pyagent.Agent.HEARTBEAT_SLEEP_SECONDS = 0.2
+sys.argv[0] = sys.argv.pop(1)
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+LONG = ["--num_iterations", "3000", "--evaluations", "10"]
+GOOD = {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_ratio": 0.1, "warmdown_ratio": 0.3, "n_head": 2}
+
+
+@pytest.fixture
+def server():
+    with WandbServer() as server:
+        server.propose = lambda number: {**GOOD, "device_batch_size": 4}
+        yield server
+    assert server.unknown == []
+
+
+@contextlib.contextmanager
+def started(server, folder, *words, **more):
+    """A worker's process, that reads what it prints; killed if it still runs at the end."""
+    command = [sys.executable, "-c", DRIVER, str(ROOT / "03_worker.py"), *TINY["03_worker"].split(), *words]
+    log = open(folder / f"worker-{len(list(folder.glob('worker-*')))}.txt", "w+")
+    environment = os.environ | server.environment() | more
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    process.log = lambda: open(log.name).read()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def finish(process, seconds=240):
+    assert process.wait(seconds) == 0, process.log()[-4000:]
+    return process.log()
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.log()[-4000:]
+        time.sleep(0.02)
+
+
+def scores(run):
+    """[(trained steps, bits per byte), ...] as the server has them."""
+    return [(row["trained_steps"], row["val_bpb"]) for row in run.history if "val_bpb" in row]
+
+
+def evaluations(folder, name):
+    """The rows of a trial's own metrics.jsonl that hold a score."""
+    return [row for run_dir in folder.glob(f"runs/*/trial-{name}") for row in worker.read_evaluations(run_dir)]
+
+
+def test_a_sweep_from_its_creation_to_its_results(server, tmp_path):
+    """Four failures in the first minute do not end the agent, nor do errors and lost connections; run_cap does.
+
+    Refused, failed and finished trials are what they are on the server, with their reasons and no score made up; the
+    results come back as a table and a picture; the same command again goes on with the same sweep.
+    """
+    broken = [{"n_head": 3, "n_kv_head": 2}, {"learning_rate": 1e30}, {"eval_tokens": 1 << 40}, {"n_head": 0}]
+    server.propose = lambda n: {**GOOD, "device_batch_size": 4, **(broken[n - 1] if n <= 4 else {})}
+    server.faults += [Fault("Heartbeat", status=500, times=2), Fault("file_stream", drop=True, times=2)]
+    server.faults += [Fault("UpsertBucket", status=500), Fault("UpsertBucket", drop=True), Fault("Viewer", status=500)]
+    words = ["--where", "wandb", "--run_cap", "6", "--project", "tests"]
+    with started(server, tmp_path, *words) as process:
+        printed = finish(process)
+    assert all(fault.times == 0 for fault in server.faults)
+    runs = [server.runs[f"trial{i}"] for i in range(1, 7)]
+    assert [run.summary["outcome"] for run in runs] == ["failed"] * 4 + ["finished"] * 2
+    assert [run.exitcodes for run in runs] == [[1], [0], [0], [1], [0], [0]]
+    for run, reason in zip(runs, ["n_kv_head=2", "grad_norm", "eval_tokens", "n_head=0"], strict=False):
+        assert reason in run.summary["reason"] and "failed" in run.tags
+        assert scores(run) == [] and "val_bpb" not in run.summary
+    assert [step for step, _ in scores(runs[4])] == [2, 4]
+    assert runs[4].history[0].keys() >= {"trained_steps", "val_bpb", "val_loss"}
+    [sweep] = server.sweeps.values()
+    assert sweep["run_cap"] == 6 and sweep["early_terminate"]["type"] == "hyperband"
+    assert "someone/tests/sweep1; other workers join it with --sweep someone/tests/sweep1" in printed
+    assert "01234567" not in printed, "the key"
+    results = server.runs["results-sweep1"]
+    assert results.history[0]["results"]["nrows"] == 6 and results.history[0]["picture"]["format"] == "png"
+    assert "best: uv run 02_train.py --device_batch_size 4" in printed
+    with started(server, tmp_path, *words) as again:
+        finish(again)
+    assert len(server.sweeps) == 1 and len(server.runs) == 7
+
+
+def test_a_stop_command_ends_a_trial_within_an_evaluation(server, tmp_path):
+    """Stopped by the server after its first score: it ends as stopped, not as failed, and the next trial runs."""
+    words = ["--where", "wandb", "--count", "2", *LONG]
+    with started(server, tmp_path, *words) as process:
+        wait_for(lambda: "trial1" in server.runs and scores(server.runs["trial1"]), process)
+        seen = len(scores(server.runs["trial1"]))
+        server.runs["trial1"].stop = True
+        finish(process)
+    stopped, other = server.runs["trial1"], server.runs["trial2"]
+    assert (stopped.summary["outcome"], stopped.summary["reason"]) == ("stopped", "by the sweep")
+    assert stopped.exitcodes == [0] and "failed" not in stopped.tags
+    assert len(scores(stopped)) <= seen + 2 < 10
+    assert other.summary["outcome"] == "finished" and len(scores(other)) == 10
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_an_agent_that_ends_in_a_trial_leaves_it_to_the_next(server, tmp_path, how):
+    """The sweep hands the trial out again, under its id; it goes on from its checkpoint and no score is there twice."""
+    server.silence = 3.0
+    words = ["--where", "wandb", "--count", "1", *LONG]
+    with started(server, tmp_path, *words) as process:
+        # By its own file: what the client has not sent by then must reach the server all the same, later.
+        wait_for(lambda: len(evaluations(tmp_path, "trial1")) >= 3, process)
+        process.send_signal(how)
+        process.wait(60)
+        interrupted = process.log()
+        assert how == signal.SIGKILL or "trial trial1: interrupted: the worker was stopped" in interrupted
+    run = server.runs["trial1"]
+    assert run.preempting and len(scores(run)) < 10
+    assert run.exitcodes == ([] if how == signal.SIGKILL else [1]), interrupted[-3000:]
+    time.sleep(server.silence if how == signal.SIGKILL else 0)
+    with started(
+        server, tmp_path, "--sweep", "someone/onechip/sweep1", "--count", "1", "--any_version", "true"
+    ) as process:
+        printed = finish(process)
+    assert "resuming: runs/sweep-" in printed and "/trial-trial1 goes on behind step" in printed
+    assert list(server.runs) == ["trial1", "results-sweep1"] and run.starts >= 2
+    assert [step for step, _ in scores(run)] == [300 * i for i in range(1, 11)]
+    assert run.summary["outcome"] == "finished" and run.exitcodes[-1] == 0
+
+
+def test_a_worker_that_joins_another_commits_sweep_stops(server, tmp_path):
+    """One line that names both commits, before anything is asked for; a setting goes on all the same."""
+    with started(server, tmp_path, "--where", "wandb", "--count", "1") as process:
+        finish(process)
+    server.sweeps["sweep1"]["parameters"]["commit"] = {"value": "e" * 40}
+    with started(server, tmp_path, "--sweep", "sweep1") as process:
+        assert process.wait(120) == 1
+    assert "Traceback" not in process.log()
+    last = process.log().splitlines()[-1]
+    assert last.startswith("error: commit=") and "e" * 40 in last and "--any_version true" in last
+    assert list(server.agents) == ["agent1"]
+    with started(server, tmp_path, "--sweep", "sweep9") as process:
+        assert process.wait(120) == 1
+    assert process.log().splitlines()[-1].startswith("error: sweep='someone/onechip/sweep9': wandb does not find it")
+
+
+def test_offline_trials_are_recorded_for_later(server, tmp_path):
+    """WANDB_MODE=offline: the sweep runs in its folder, and each trial leaves a run that `wandb sync` can upload."""
+    with started(server, tmp_path, "--name", "s", WANDB_MODE="offline") as process:
+        printed = finish(process)
+    assert "trials: handed out by a folder on this machine" in printed
+    assert len(list((tmp_path / "runs" / "s" / "wandb").glob("offline-run-*/*.wandb"))) == 2
+    assert [what for what, _ in server.requests if "otel" not in what] == []

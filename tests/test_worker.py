@@ -1,0 +1,460 @@
+"""03_worker without an account: the sweep's dictionary, trials that fail, workers that share a folder, the results."""
+
+import concurrent.futures
+import csv
+import ctypes
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import ROOT
+from execute import TINY
+
+import common
+from common import UserError
+
+tok = importlib.import_module("01_tokenizer")
+train = importlib.import_module("02_train")
+worker = importlib.import_module("03_worker")
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+MODEL = {
+    **{"n_head": 2, "n_kv_head": 1, "head_dim": 8, "aspect_ratio": 8, "vocab_size": 300, "seq_len": 24},
+    **{"attn_impl": "einsum", "dtype": "float32", "device_batch_size": 3, "total_batch_size": 6, "loss_slice": 48},
+    **{"num_iterations": 30, "learning_rate": 1e-2, "eval_tokens": 24 * 7},
+}
+SPACE = {
+    "learning_rate": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-1},
+    "n_head": {"values": [2, 3, 5]},
+    "device_batch_size": {"values": [1, 2, 6]},
+}
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C works, also where pytest was started in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def corpus():
+    return tok.get_corpus("offline", 1)
+
+
+def make_sweep(corpus, space=SPACE, settings=(), **fields):
+    settings = worker.Worker(**dict(settings))
+    run = common.Run(preset="laptop", data="offline", num_shards=1)
+    return worker.make_sweep(settings, run, train.Config(**{**MODEL, **fields}), space, corpus)
+
+
+def parameters(corpus, **values):
+    sweep = make_sweep(corpus)
+    return {**worker.constants(sweep), "learning_rate": 1e-2, "n_head": 2, "device_batch_size": 2, **values}
+
+
+def job_of(corpus, folder, **values):
+    return worker.Job(folder.name, parameters(corpus, **values), folder, worker.Request())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The sweep
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"learnig_rate": {"values": [1e-3]}}, ["learnig_rate", "did you mean learning_rate?"]),
+        ({"num_iterations": {"values": [10, 20]}}, ["num_iterations", "follows from the budget"]),
+        ({"learning_rate": {"min": 0.0, "max": 1e-3}}, ["learning_rate=0.0", "greater than 0"]),
+        ({"learning_rate": {"min": 1e-2, "max": 1e-3}}, ["learning_rate", "min < max"]),
+        ({"learning_rate": {"min": 1e-2}}, ["learning_rate", "min and max"]),
+        ({"n_head": {"min": 1.5, "max": 4.0}}, ["n_head=1.5", "int"]),
+        ({"n_head": {"values": [2, 4]}, "n_kv_head": {"values": [1, 4]}}, ["n_kv_head=4", "divide n_head=2"]),
+        ({"device_batch_size": {"values": [2, 4]}}, ["total_batch_size=6", "multiple of device_batch_size=4"]),
+        ({"warmup_ratio": {"min": 0.0, "max": 0.3}, "warmdown_ratio": {"values": [0.5, 0.8]}}, ["must not exceed 1"]),
+        ({}, ["at least one"]),
+    ],
+)
+def test_what_no_trial_could_run_is_told_when_the_sweep_is_made(corpus, space, words):
+    """One line naming the field: not the 17th trial's failure, days later."""
+    with pytest.raises(UserError) as error:
+        worker.check_sweep(make_sweep(corpus, space))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("preset", sorted(worker.TRIALS))
+def test_the_default_sweeps_can_be_made(corpus, preset):
+    """Every combination of extremes of each preset's space is a Config; the names are what the sweep is about."""
+    run = common.Run(preset=preset, data="offline", num_shards=1)
+    config = train.Config(**worker.TRIALS[preset])
+    sweep = worker.make_sweep(worker.Worker(), run, config, worker.SPACES[preset], corpus)
+    assert len(worker.check_sweep(sweep)) >= 96
+    assert set(worker.swept(sweep)) == set(worker.SPACE)
+    assert sweep["parameters"]["data_revision"] == {"value": corpus.revision}
+    assert sweep["parameters"]["commit"] == {"value": common.git_commit() or ""}
+
+
+@pytest.mark.parametrize("budget", ["tokens", "flops"])
+def test_trials_are_comparable(corpus, budget):
+    """Equal tokens, or equal FLOPs, within a step an evaluation; equally many evaluations, evenly spaced."""
+    sweep = make_sweep(corpus, settings={"budget": budget, "evaluations": 3}, num_iterations=600)
+    spent, evaluations = [], set()
+    configs = worker.check_sweep(sweep)
+    assert len({config.n_embd for config in configs}) == 3
+    for config in configs:
+        tokens = config.num_iterations * config.total_batch_size * config.seq_len
+        per_token = train.flops_per_token(config) if budget == "flops" else 1
+        spent.append(tokens * per_token / sweep["parameters"]["budget_size"]["value"])
+        steps = [step for step in range(1, config.num_iterations) if train.is_due(config, config.eval_every, step)]
+        evaluations.add(tuple(step / config.num_iterations for step in [*steps, config.num_iterations]))
+    assert max(spent) < 1.02 and min(spent) > 0.98
+    assert evaluations == {(1 / 3, 2 / 3, 1.0)}
+    assert len({config.num_iterations for config in configs}) == (3 if budget == "flops" else 1)
+
+
+def test_a_trials_config_survives_json_and_numpy(corpus):
+    """A proposal comes with NumPy scalars, a server's answer with 1 for 1.0: the same Config."""
+    given = parameters(corpus, learning_rate=np.float64(0.02), n_head=np.int64(3), softcap=15)
+    assert worker.trial_config(given) == worker.trial_config(parameters(corpus, learning_rate=0.02, n_head=3))
+
+
+def test_another_commit_or_another_text_stops_a_worker(corpus, capsys):
+    """Trials of two programs in one table would compare nothing; a setting goes on all the same, and says so."""
+    sweep = make_sweep(corpus)
+    worker.check_version(sweep, corpus, any_version=False)
+    other = dataclasses.replace(corpus, revision="another")
+    with pytest.raises(UserError, match="data_revision='another'.*--any_version true"):
+        worker.check_version(sweep, other, any_version=False)
+    sweep["parameters"]["commit"] = {"value": "f" * 40}
+    with pytest.raises(UserError, match="commit=.*ffff"):
+        worker.check_version(sweep, corpus, any_version=False)
+    worker.check_version(sweep, other, any_version=True)
+    assert "going on, as set" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A trial
+
+
+def count_leftovers():
+    """Live arrays and threads, but for the one that tqdm keeps for all progress bars; nothing is collected first."""
+    names = sorted(thread.name for thread in threading.enumerate())
+    return len(jax.live_arrays()), [name for name in names if name != "tqdm_monitor"]
+
+
+def exhaust_memory(step):
+    """A training step that asks for a petabyte once it holds arrays of its own, in a frame that has them all."""
+
+    def failing(state, constants, x, y):
+        mine = [jnp.ones(1000) * float(i) for i in range(5)]
+        state, metrics = step(state, constants, x, y)
+        jax.block_until_ready([state, mine])
+        return state, metrics | {"loss": jnp.zeros(1 << 48).block_until_ready() + mine[0].sum()}
+
+    return failing
+
+
+def test_ten_failures_leave_nothing_behind_and_the_eleventh_trial_runs(corpus, tmp_path, monkeypatch):
+    """A traceback that is kept, by a logger or a debugger, must not keep the failed trial's parameters with it."""
+    kept, first_line = [], common.first_line
+    monkeypatch.setattr(common, "first_line", lambda error: kept.append(error) or first_line(error))
+    faults = [{}, {"learning_rate": 1e30}, {"eval_tokens": 1 << 40}, {"n_kv_head": 7}]
+    words = ["RESOURCE_EXHAUSTED", "is nan|is inf|not finite", "eval_tokens", "n_kv_head"]
+    assert worker.run_trial(job_of(corpus, tmp_path / "warm-up"), corpus).state == "finished"
+    gc.collect()
+    before, make = count_leftovers(), train.make_train_step
+    for i in range(10):
+        fault = faults[i % 4]
+        with monkeypatch.context() as patch:
+            if not fault:
+                patch.setattr(
+                    train, "preflight", lambda config: None
+                )  # it is what should have kept this from happening
+                patch.setattr(train, "make_train_step", lambda *args: exhaust_memory(make(*args)))
+            outcome = worker.run_trial(job_of(corpus, tmp_path / f"{i}", **fault), corpus)
+        assert outcome.state == "failed"
+        assert re.search(words[i % 4], outcome.reason), outcome.reason
+        assert "\n" not in outcome.reason
+        assert count_leftovers() == before
+    assert len(kept) == 10
+    assert worker.run_trial(job_of(corpus, tmp_path / "eleventh"), corpus).state == "finished"
+    assert count_leftovers() == before
+
+
+def test_a_refused_trial_is_not_started(corpus, tmp_path, monkeypatch):
+    """The preflight's line is the reason; nothing is trained, no folder is made, nobody is told that it started."""
+
+    def refuse(config):
+        raise train.DoesNotFit("device_batch_size=2: 40 GiB of 31.25")
+
+    monkeypatch.setattr(train, "preflight", refuse)
+    job = job_of(corpus, tmp_path / "refused")._replace(on_start=lambda config: pytest.fail("started"))
+    assert worker.run_trial(job, corpus) == ("failed", "device_batch_size=2: 40 GiB of 31.25")
+    assert not job.run_dir.exists()
+
+
+def test_what_hits_the_waiting_thread_ends_the_trial_and_nothing_else(corpus, tmp_path):
+    """wandb's agent throws a bare Exception into the thread that runs a trial: it stops early, cleanly, and at once."""
+    seen, me = [], threading.get_ident()
+
+    def throw(rows):
+        seen.append(len(rows))
+        if len(rows) == 2:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_long(me), ctypes.py_object(Exception))
+            time.sleep(0.5)
+
+    gc.collect()
+    before = count_leftovers()
+    job = job_of(corpus, tmp_path / "stopped")._replace(on_evaluation=throw)
+    assert worker.run_trial(job, corpus) == ("stopped", "by the sweep")
+    assert seen == [1, 2]
+    assert len(worker.read_evaluations(job.run_dir)) == 2
+    assert not (job.run_dir / "checkpoints").exists()
+    assert count_leftovers() == before
+
+
+def test_an_interrupted_trial_goes_on_as_if_nothing_had_been(corpus, tmp_path):
+    """Interrupted, it is saved; run again, it goes on there and ends with the scores of one that was left alone."""
+
+    class Interrupt:
+        requested = False
+
+    def interrupt(rows):
+        Interrupt.requested = len(rows) == 2
+        time.sleep(0.5)
+
+    job = job_of(corpus, tmp_path / "trial")
+    outcome = worker.run_trial(job._replace(on_evaluation=interrupt), corpus, Interrupt)
+    assert outcome == ("interrupted", "the worker was stopped")
+    assert common.newest_checkpoint(job.run_dir / "checkpoints")
+    again = job_of(corpus, tmp_path / "trial")
+    assert worker.run_trial(again, corpus) == ("finished", "")
+    alone = job_of(corpus, tmp_path / "alone")
+    worker.run_trial(alone, corpus)
+    rows, expected = worker.read_evaluations(again.run_dir), worker.read_evaluations(alone.run_dir)
+    assert rows == expected and len(rows) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A folder that workers share
+
+
+def local_sweep(corpus, folder, lease=60.0, **more):
+    sweep = {**make_sweep(corpus), "run_cap": 6, **more}
+    return worker.LocalSweep(folder, sweep, lease)
+
+
+def test_no_trial_is_taken_twice(corpus, tmp_path):
+    """Eight workers claim at once until there is nothing left: run_cap trials, each to one of them."""
+    backends = [local_sweep(corpus, tmp_path / "sweep", run_cap=20, method="random") for _ in range(8)]
+
+    def claim_all(backend):
+        return [trial["name"] for trial, lease in iter(backend.claim, None)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        names = [name for claimed in pool.map(claim_all, backends) for name in claimed]
+    assert sorted(names) == [f"{i:04d}" for i in range(1, 21)]
+    assert not list((tmp_path / "sweep").glob(".*")), "nothing temporary is left"
+
+
+def test_the_same_without_hard_links(corpus, tmp_path, monkeypatch):
+    """Google Drive has no hard links: created exclusively, a file is still one worker's."""
+
+    def refuse(*arguments):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert worker.create_whole(tmp_path / "a", "1") and not worker.create_whole(tmp_path / "a", "2")
+    assert (tmp_path / "a").read_text() == "1"
+
+
+def test_a_trial_without_a_sign_of_life_is_handed_out_again(corpus, tmp_path):
+    """Neither too early nor twice; whoever had it is told at once, and writes nothing over its successor's results."""
+    backend = local_sweep(corpus, tmp_path / "sweep", lease=30.0, run_cap=1)
+    trial, lease = backend.claim()
+    assert backend.claim() is None
+    os.utime(lease, (time.time() - 25, time.time() - 25))
+    assert backend.claim() is None
+    os.utime(lease, (time.time() - 35, time.time() - 35))
+    again, second = backend.claim()
+    assert again["name"] == trial["name"] and again["parameters"] == trial["parameters"]
+    assert backend.claim() is None
+    request = worker.Request()
+    backend._note_evaluation(trial["name"], worker.Lease(lease, request, 30.0), request, [{"val_bpb": 1.0}])
+    assert request.outcome.state == "lost"
+    assert backend.trials()[0]["rows"] == []
+
+
+def test_a_lease_is_kept_while_its_trial_runs(corpus, tmp_path):
+    """The time stamp moves on without the trial's doing, and no thread is left when it ends."""
+    backend = local_sweep(corpus, tmp_path / "sweep", lease=0.6, run_cap=1)
+    trial, lease = backend.claim()
+    with worker.Lease(lease, worker.Request(), 0.6):
+        for _ in range(4):
+            time.sleep(0.4)
+            assert backend.claim() is None
+    assert "lease" not in [thread.name for thread in threading.enumerate()]
+    time.sleep(0.8)
+    assert backend.claim()[0]["name"] == trial["name"]
+
+
+def put_trial(backend, name, state, scores, reason="", **values):
+    (backend.folder / f"{name}.lease-1").write_text("")
+    given = {**worker.constants(backend.sweep), "learning_rate": 0.01, "n_head": 2, "device_batch_size": 2, **values}
+    worker.create_whole(backend.folder / f"{name}.json", json.dumps(given))
+    rows = [{"step": 6 * (i + 1), "val_bpb": score} for i, score in enumerate(scores)]
+    backend.write(name, state, reason, rows)
+
+
+def test_hyperband_stops_a_trial_within_an_evaluation(corpus, tmp_path):
+    """Far worse than three others at their second evaluation, it ends there and counts as stopped, not as failed."""
+    backend = local_sweep(corpus, tmp_path / "sweep", run_cap=4)
+    for i in range(1, 4):
+        put_trial(backend, f"{i:04d}", "finished", [0.6, 0.5, 0.4, 0.3, 0.2])
+    name, outcome = backend.run_next(corpus, None)
+    assert (name, outcome.state) == ("0004", "stopped")
+    assert outcome.reason.startswith("by Hyperband") and outcome.reason.endswith("after evaluation 2 of 5")
+    assert [row["step"] for row in backend.trials()[3]["rows"]] == [6, 12]
+    assert backend.claim() is None and not backend.waits()
+
+
+def test_many_failures_in_a_row_end_a_worker(corpus, tmp_path):
+    """A fault that no setting cures, such as a full disk, must not use up the whole sweep."""
+    backend = local_sweep(corpus, tmp_path / "sweep", run_cap=9)
+    backend._give_up = 3
+    backend.sweep["parameters"]["eval_tokens"] = {"value": 1 << 40}
+    with pytest.raises(UserError, match="failed trials in a row=3"):
+        backend.work(corpus)
+    assert [trial["state"] for trial in backend.trials()] == ["failed"] * 3
+    assert "eval_tokens" in backend.trials()[0]["reason"]
+
+
+def start_worker(folder, *words, **more):
+    """A real process of the worker, with the smallest settings."""
+    command = [sys.executable, str(ROOT / "03_worker.py"), *TINY["03_worker"].split(), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=os.environ | more, **pipes)
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_a_trial_that_was_given_back_is_taken_once(corpus, tmp_path):
+    """An interrupted worker's trial is free at once, for the first of eight; the state they read may be an old one."""
+    backend = local_sweep(corpus, tmp_path / "sweep", run_cap=1)
+    trial, _ = backend.claim()
+    backend.write(trial["name"], "interrupted", "the worker was stopped", released=1)
+    seen = backend.trials()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        claimed = [claim for claim in pool.map(lambda _: backend.claim(), range(8)) if claim]
+    assert [lease.name for _, lease in claimed] == ["0001.lease-2"]
+    backend.write(trial["name"], "interrupted", released=1)  # as one would have it who read before the claim
+    assert backend.claim() is None and seen[0]["lease"] == 1
+
+
+@pytest.mark.slow
+def test_a_killed_workers_trial_goes_on_in_other_hands(corpus, tmp_path):
+    """SIGKILL after an evaluation: the next worker resumes that trial and ends the sweep; every row is there once."""
+    words = [
+        "--name",
+        "s",
+        "--num_iterations",
+        "400",
+        "--evaluations",
+        "8",
+        "--run_cap",
+        "2",
+        "--lease",
+        "2",
+        "--any_version",
+        "true",
+    ]
+    first = start_worker(tmp_path, *words)
+    folder = tmp_path / "runs" / "s"
+    wait_for(lambda: len((worker.read_json(folder / "0001.result.json") or {}).get("rows", [])) >= 2)
+    first.kill()
+    first.communicate()
+    done = start_worker(tmp_path, *words)
+    printed = done.communicate(timeout=300)[0]
+    assert done.returncode == 0, printed[-3000:]
+    assert "resuming: runs/s/trial-0001" in printed
+    results = [worker.read_json(folder / f"{name}.result.json") for name in ("0001", "0002")]
+    assert results[0]["state"] == "finished"
+    assert [row["step"] for row in results[0]["rows"]] == [50 * i for i in range(1, 9)]
+    assert sorted(path.name for path in folder.glob("0001.lease-*")) == ["0001.lease-1", "0001.lease-2"]
+    with open(folder / "results.csv") as file:
+        assert [row["trial"] for row in csv.DictReader(file)] == sorted(
+            ("0001", "0002"), key=lambda name: min(row["val_bpb"] for row in results[int(name) - 1]["rows"])
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What came out
+
+
+@pytest.fixture
+def mixed(corpus, tmp_path):
+    """A sweep with a trial of each kind."""
+    backend = local_sweep(corpus, tmp_path / "sweep")
+    put_trial(backend, "0001", "finished", [3.0, 2.5, 2.2], learning_rate=0.02, n_head=3)
+    put_trial(backend, "0002", "failed", [], "n_head=7: does not fit", n_head=7)
+    put_trial(backend, "0003", "stopped", [2.1], "by Hyperband", learning_rate=0.03)
+    put_trial(backend, "0004", "finished", [3.1, 2.7, 2.4], learning_rate=0.05, n_head=5)
+    return backend
+
+
+def test_table_is_sorted_and_says_what_was_equal(mixed):
+    """Best first, the unscored last with their reasons; tokens and FLOPs per trial, since sizes differ."""
+    rows = worker.tabulate(mixed)
+    assert [(row["trial"], row["state"], row["val_bpb"]) for row in rows] == [
+        ("0003", "stopped", 2.1),
+        ("0001", "finished", 2.2),
+        ("0004", "finished", 2.4),
+        ("0002", "failed", None),
+    ]
+    assert [row["tokens"] for row in rows] == [6 * 144, 18 * 144, 18 * 144, 0]
+    assert rows[2]["flops"] / rows[1]["flops"] > 5 / 3
+    text = worker.describe_table(rows, mixed.sweep)
+    assert "equal tokens, 4,320 tokens a trial" in text.splitlines()[0]
+    assert text.splitlines()[-1].endswith("n_head=7: does not fit")
+
+
+def test_best_config_is_what_02_takes(mixed, corpus):
+    """The best of those that ran to their end: one that was stopped early has not shown what it can."""
+    best = worker.best_config(mixed)
+    assert isinstance(best, train.Config)
+    assert (best.learning_rate, best.n_head, best.num_iterations, best.seq_len) == (0.02, 3, 30, 24)
+    mixed.folder.joinpath("0001.result.json").unlink()
+    mixed.folder.joinpath("0004.result.json").unlink()
+    with pytest.raises(UserError, match="no trial has finished"):
+        worker.best_config(mixed)
+
+
+def test_picture_has_a_panel_for_each_parameter(mixed, capsys):
+    """Saved beside the trials, with the table; every trial that has a score is in each panel."""
+    worker.show_results(mixed)
+    picture = matplotlib.image.imread(mixed.folder / "results.png")
+    assert picture.shape[1] > picture.shape[0] > 200 and picture[..., :3].std() > 0.05
+    with open(mixed.folder / "results.csv") as file:
+        assert [row["trial"] for row in csv.DictReader(file)] == ["0003", "0001", "0004", "0002"]
+    assert "results.png" in capsys.readouterr().out
