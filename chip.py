@@ -131,6 +131,11 @@ def split_computations(hlo):
     return computations, entry
 
 
+def bound_of(condition):
+    """What a loop that counts from 0 counts up to: the one constant that its condition compares with."""
+    return max((int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)), default=1)
+
+
 def xla_cycles(hlo):
     """The sum of a TPU program's estimated cycles, what a loop does times the times it does it; 0 if it has none."""
     computations, entry = split_computations(hlo)
@@ -138,9 +143,9 @@ def xla_cycles(hlo):
     def cycles(name):
         total = 0
         for line in computations.get(name, ()):
-            if loop := re.search(r" while\(.*body=%?([\w.-]+)", line):
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                total += cycles(loop[1]) * int(trips[1] if trips else 1)
+            if loop := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                total += cycles(loop[2]) * (int(known[1]) if known else bound_of(computations[loop[1]]))
             elif call := re.search(r" call\(.*to_apply=%?([\w.-]+)", line):
                 total += cycles(call[1])
             elif estimate := re.search(r'"estimated_cycles":"(\d{1,15})"', line):  # 2 ** 63 - 1 says that there is none

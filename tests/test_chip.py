@@ -45,17 +45,23 @@ HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
   %w.1 = (s32[]) while(%p), condition=%c, body=%inner.2, backend_config={"known_trip_count":{"n":"3"}}
 }
 
+%until.5 (p: (s32[])) -> pred[] {
+  %bound.1 = s32[]{:T(128)} constant(16)
+  ROOT %less.1 = pred[]{:T(512)} compare(%p, %bound.1), direction=LT
+}
+
 ENTRY %main.4 (p: f32[8]) -> f32[8] {
   %n.1 = f32[8] fusion(%p), kind=kLoop, calls=%fused.1, backend_config={"estimated_cycles":"9223372036854775807"}
   %d.1 = f32[8] fusion(%p), kind=kLoop, calls=%fused.1, backend_config={"estimated_cycles":"7"}
   %k.1 = f32[8] custom-call(%p), custom_call_target="tpu_custom_call"
-  ROOT %w.2 = (s32[]) while(%p), condition=%c, body=%outer.3, backend_config={"known_trip_count":{"n":"16"}}
+  ROOT %w.2 = (s32[]) while(%p), condition=%until.5, body=%outer.3, metadata={op_name="jit(step)/while"}
 }
 """
 
 
 def test_cycles_are_summed_through_loops_within_loops():
-    """A loop counts as often as it runs, what is inside a fusion does not, 2 ** 63 - 1 means no estimate."""
+    """A loop counts as often as it runs, what is inside a fusion does not, 2 ** 63 - 1 means no estimate. Not
+    every loop says how often that is: the bound then stands in its condition."""
     assert chip.xla_cycles(HLO) == 7 + 16 * (100 + 3 * 5)
     assert chip.xla_cycles("HloModule none\n\nENTRY %m (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n") == 0
 
