@@ -1573,6 +1573,7 @@ OVERRIDES = ""  # @param ["", "--preset laptop", "--n_head 6 --num_iterations 20
 
 if __name__ == "__main__":
     common.keep_compiled()
+    common.keep_freed_memory()
     run, config = common.choose(Config, PRESETS, OVERRIDES)
     print(describe_model(config))
     look_before(config, run.preflight)
@@ -1650,7 +1651,12 @@ def load_model(source, model=GPT, config_class=Config):
 
 # %% cellView="form"
 # @title The folder for the Hub
-def export_model(result, tokenizer, source="", loading=LOADING, repository=REPOSITORY):
+def name_dataset(about):
+    """The Hub's name of what a run was trained on, from its config.json; empty where that is no dataset of the Hub."""
+    return tok.FINEWEB_REPO if about["data"]["name"] == "fineweb-edu" else ""
+
+
+def export_model(result, tokenizer, source="", loading=LOADING, notes=common.PLAIN_WEIGHTS, repository=REPOSITORY):
     """Leaves in run_dir/model all that a stranger needs: weights, config, tokenizer, curve, card; returns the folder.
 
     source: the Hub repository that it will be uploaded to, for the card; the folder itself if there is none.
@@ -1666,9 +1672,9 @@ def export_model(result, tokenizer, source="", loading=LOADING, repository=REPOS
     size = sum(leaf.size for leaf in jax.tree.leaves(split_trainable(result.params)[0]))
     prompt = result.samples[0][0] if result.samples else "The "
     lines = loading.format(repository=repository, source=source or str(folder), prompt=prompt)
-    dataset = tok.FINEWEB_REPO if about["data"]["name"] == "fineweb-edu" else ""
+    dataset = name_dataset(about)
     with common.atomic_write(folder / "README.md") as part:
-        part.write_text(common.model_card(result, about, size, lines, dataset), encoding="utf-8")
+        part.write_text(common.model_card(result, about, size, lines, dataset, notes), encoding="utf-8")
     return folder
 
 

@@ -23,15 +23,15 @@
 # A sweep tries settings of 02's trainer, learns from each trial which to try next, and stops the hopeless ones early.
 # **To sweep a changed model**, push your change to a branch and set `REF` in the cell below to it: every worker then
 # runs that very commit, and one that does not says so and stops. **What it costs** in chip hours is the estimated time
-# of a step times the steps of a trial times the number of trials, printed before the first one starts: at the 0.71 s
-# that the compiler estimates for a step of 131,072 tokens, 30 trials of 1,000 steps are 6 hours of one v6e, less what
+# of a step times the steps of a trial times the number of trials, printed before the first one starts: at the 0.51 s
+# that the compiler estimates for a step of 131,072 tokens, 30 trials of 1,000 steps are 4.3 hours of one v6e, less what
 # is stopped early. **To stop a worker**, use the stop button or Ctrl-C: its trial is saved and handed out again; to
 # stop the whole sweep, use the sweep's page in wandb, or just start no worker.
 #
 # | where | needs | trials | time | cost |
 # |---|---|---|---|---|
 # | laptop, two cores | no account, no network | 6 of 0.1M tokens | a minute of CPU time each | nothing |
-# | Colabs, TPU v6e | a wandb account, or a shared folder | 30 of 131M tokens | 12 minutes each | compute units |
+# | Colabs, TPU v6e | a wandb account, or a folder | 30 of 131M tokens | 9 minutes each, estimated | compute units |
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
@@ -998,6 +998,7 @@ OVERRIDES = ""  # @param ["", "--where wandb", "--budget flops --run_cap 20"] {a
 
 if __name__ == "__main__":
     common.keep_compiled()
+    common.keep_freed_memory()
     backend, settings, corpus = open_sweep(OVERRIDES)
     print(describe_cost(backend))
 

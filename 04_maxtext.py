@@ -96,6 +96,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,7 @@ OVERRIDES = ""  # @param ["", "--preset laptop", "--compare v6e:1x1"] {allow-inp
 
 if __name__ == "__main__":
     common.keep_compiled()
+    common.keep_freed_memory()
     run, config = common.choose(Config, PRESETS, OVERRIDES, CompareRun)
     print(train.describe_model(config, SWIGLU))
     if run.wants_table():
@@ -303,7 +305,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     hub_token = common.read_secret("HF_TOKEN")
-    result, tokenizer, _ = train.train_run(run, config, hub_token, SWIGLU)
+    result, tokenizer, mirror = train.train_run(run, config, hub_token, SWIGLU)
 
 # %% [markdown]
 # ## Look
@@ -392,53 +394,37 @@ def qwen3_config(config, bos):
 # model is not. A config that Qwen3 does not compute is not bent to fit: it is saved as 02 saves, and its card says why.
 
 # %%
-CARD = """\
----
-pipeline_tag: text-generation
-library_name: {library}
----
-# {name}
-
-A base model of {parameters} parameters, pretrained by onechip's 04_maxtext on {tokens} tokens of {data}:
-it goes on with a text and was never taught to chat. {score}
-
-{loading}
-
-Architecture: {layers} layers of {width} channels, {heads} query heads and {kv_heads} key/value heads of {head_dim}
-channels with RoPE (base {rope}) and QK-norm, SwiGLU with {mlp} hidden channels, RMSNorm before each block,
-embeddings not tied to the output, a context of {context} tokens. A document begins with `<|bos|>`: so should a prompt.
-"""
-LOADING = """\
-The weights are those of a `Qwen3ForCausalLM`, in {dtype}, and compute the same logits:
-
-```python
+LOADING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = (kind.from_pretrained("path or repository") for kind in (AutoModelForCausalLM, AutoTokenizer))
-print(tokenizer.decode(model.generate(**tokenizer("The capital of", return_tensors="pt"), max_new_tokens=20)[0]))
-```
-
-Changed on the way: matrices transposed, the halves of each query and key head exchanged (Qwen3 rotates the other way),
-norms written as weights of one."""
+model, tokenizer = (kind.from_pretrained({source!r}) for kind in (AutoModelForCausalLM, AutoTokenizer))
+prompt = tokenizer({prompt!r}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64, do_sample=True, top_k=50)[0]))
+"""
+QWEN3 = """\
+The weights are those of a `Qwen3ForCausalLM`, in {dtype}, and compute the same logits. Changed on the way: matrices
+transposed, the halves of each query and key head exchanged (Qwen3 rotates the other way), norms written as weights of
+one. The tokenizer opens a text with `<|bos|>`, as training did; generation stops at it."""
+PLAIN_LOADING = """
+import importlib
+train, maxtext = map(importlib.import_module, ("02_train", "04_maxtext"))  # in a clone of {repository}
+config, params, tokenizer = train.load_model({source!r}, maxtext.SWIGLU, maxtext.Config)
+[(prompt, text)] = train.make_sample_writer(config, tokenizer, [{prompt!r}], maxtext.SWIGLU)(params)
+print(prompt + text)
+"""
 PLAIN = """\
-`params.safetensors` holds the arrays under onechip's own names, in float32, and `config.json` its settings. It is not
-in the format of another library, because none computes the same: {reason}."""
+`params.safetensors` holds the arrays under onechip's own names, in float32. It is not in the format of another library,
+because none that is known computes the same: {reason}."""
 
 
-def write_model_card(folder, config, result, loading, library):
-    """README.md of a model's folder: what it is, what it was trained on and how to load it."""
-    made_from = json.loads((result.run_dir / "config.json").read_text())["data"]
-    score = "" if result.val_bpb is None else f"On held-out text it needs {result.val_bpb:.3f} bits per byte."
-    card = CARD.format(
-        library=library, name=result.run_dir.name, loading=loading, score=score,
-        parameters=f"{train.count_params(config, SWIGLU)['total'] / 1e6:.1f}M",
-        tokens=f"{result.step * config.total_batch_size * config.seq_len / 1e6:,.0f}M",
-        data=f"{made_from['name']} at {made_from['revision']}", layers=config.n_layer, width=config.n_embd,
-        heads=config.n_head, kv_heads=config.n_kv_head, head_dim=config.head_dim, rope=f"{config.rope_base:g}",
-        mlp=config.mlp_dim, context=config.seq_len,
-    )  # fmt: skip
+def write_card(folder, config, result, source):
+    """README.md of a Qwen3's folder: what it is, what it was trained on and how to load it."""
+    about = json.loads((result.run_dir / "config.json").read_text())
+    prompt = result.samples[0][0] if result.samples else "The "
+    lines, notes = LOADING.format(source=source or str(folder), prompt=prompt), QWEN3.format(dtype=config.dtype)
+    size, dataset = train.count_params(config, SWIGLU)["total"], train.name_dataset(about)
+    card = common.model_card(result, about, size, lines, dataset, notes, "transformers")
     with common.atomic_write(folder / "README.md") as part:
-        part.write_text(card)
+        part.write_text(card, encoding="utf-8")
 
 
 # %%
@@ -464,27 +450,30 @@ def write_json(path, value):
         part.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def export_qwen3(config, result, tokenizer):
-    """Writes run_dir/model in Hugging Face's format, as a Qwen3 where the numbers agree; returns the folder."""
+def export_qwen3(config, result, tokenizer, source=""):
+    """Writes run_dir/model in Hugging Face's format, as a Qwen3 where the numbers agree; returns the folder.
+
+    source: the Hub repository that it will be uploaded to, for the card.
+    """
     if reason := why_not_qwen3(config):
         say(f"export: plain safetensors, as {reason}")
-        folder = train.export_model(result, tokenizer)
-        write_model_card(folder, config, result, PLAIN.format(reason=reason), "onechip")
-        return folder
+        return train.export_model(result, tokenizer, source, PLAIN_LOADING, PLAIN.format(reason=reason))
     folder, bos = result.run_dir / "model", tokenizer.token_to_id(tok.SPECIAL_TOKENS[0])
     folder.mkdir(exist_ok=True)
+    with common.atomic_write(folder / "loss.png") as part:
+        shutil.copyfile(result.run_dir / "loss.png", part)
     with common.atomic_write(folder / "model.safetensors") as part:
         save_file(qwen3_weights(config, jax.device_get(result.params)), part, metadata={"format": "pt"})
     write_json(folder / "config.json", qwen3_config(config, bos))
     write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": bos})
     write_tokenizer(folder, config, tokenizer)
-    write_model_card(folder, config, result, LOADING.format(dtype=config.dtype), "transformers")
+    write_card(folder, config, result, source)
     say(f"export: {folder} is a Qwen3ForCausalLM in {config.dtype}")
     return folder
 
 
 # %%
 if __name__ == "__main__":
-    folder = export_qwen3(config, result, tokenizer)
+    folder = export_qwen3(config, result, tokenizer, f"{mirror.repo}-hf" if mirror else "")
     hf_repo = run.hub_repo and f"{run.hub_repo}-hf"  # apart from the checkpoints, whose config.json is another
     common.upload_folder(folder, sorted(os.listdir(folder)), hub_token, hf_repo, f"onechip-{run.name}-hf")

@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -89,6 +90,19 @@ def keep_compiled():
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
+
+
+def keep_freed_memory():
+    """Has the C library keep what XLA frees after each step on a CPU, instead of giving it back to the system.
+
+    Fresh pages for XLA's temporaries cost a fifth of a small model's step (LOG 2026-11-20). These are glibc's settings
+    M_ARENA_MAX 1, M_MMAP_MAX 0 and M_TRIM_THRESHOLD never; a C library without mallopt is left as it is.
+    """
+    import jax
+
+    if jax.default_backend() == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        for name, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
+            library.mallopt(name, value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -639,11 +653,18 @@ def describe_result(result, config):
     return "\n".join(lines)
 
 
-def model_card(result, about, parameters, loading, dataset=""):
+PLAIN_WEIGHTS = """\
+The tokenizer alone: `transformers.AutoTokenizer.from_pretrained`, or `tokenizers.Tokenizer.from_file("tokenizer.json")`
+with `encode_special_tokens = True` for text that you did not write. Every document of the training text began with
+`<|bos|>`, which neither adds. The weights are plain arrays by name in `params.safetensors`."""
+
+
+def model_card(result, about, parameters, loading, dataset="", notes=PLAIN_WEIGHTS, library="jax"):
     """README.md of a model's repository: what it is, how good, from what, and how to load it.
 
     about: the run's config.json as a dict; loading: lines of Python that sample from the model, which must run as they
-    stand in a clone of the repository; dataset: the Hub's name of what it was trained on, if it has one.
+    stand in a clone of the repository; dataset: the Hub's name of what it was trained on, if it has one; notes: what
+    else who loads it must know; library: the Hub's name of the one that `loading` uses.
     """
     config, data, commit = about["config"], about["data"], about["commit"] or "unknown"
     batch, source = config["total_batch_size"] * config["seq_len"], f"{data['name']} at revision `{data['revision']}`"
@@ -666,6 +687,8 @@ def model_card(result, about, parameters, loading, dataset=""):
         datasets=f"datasets:\n- {dataset}\n" if dataset else "",
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         loading=loading.strip(),
+        notes=notes,
+        library=library,
         samples=samples or "none were taken",
         config=json.dumps(config, indent=2),
     )
@@ -674,7 +697,7 @@ def model_card(result, about, parameters, loading, dataset=""):
 MODEL_CARD = """\
 ---
 license: mit
-library_name: jax
+library_name: {library}
 pipeline_tag: text-generation
 tags:
 - jax
@@ -699,9 +722,7 @@ answer questions or to follow instructions, and what it writes may be wrong or o
 {loading}
 ```
 
-The tokenizer alone: `transformers.AutoTokenizer.from_pretrained`, or `tokenizers.Tokenizer.from_file("tokenizer.json")`
-with `encode_special_tokens = True` for text that you did not write. Every document of the training text began with
-`<|bos|>`, which neither adds. The weights are plain arrays by name in `params.safetensors`.
+{notes}
 
 What it wrote at the end of its training:
 

@@ -406,7 +406,9 @@ def test_a_run_that_crashed_goes_on_to_the_same_bits(straight, corpus, tokenizer
 def made_up_result(config, run_dir, params):
     """A Result as train() would leave it, of weights that matter."""
     run_dir.mkdir(parents=True)
-    (run_dir / "config.json").write_text(json.dumps({"data": {"name": "corpus", "revision": "v1", "shards": 3}}))
+    about = {"config": dataclasses.asdict(config), "data": {"name": "corpus", "revision": "v1", "shards": 3}}
+    (run_dir / "config.json").write_text(json.dumps({**about, "commit": None, "jax": "1.2.3", "device": "1 x cpu"}))
+    (run_dir / "loss.png").write_bytes(b"a picture")
     return train.Result(params, 7, 3.2, 1.9, 2.4, [], run_dir)
 
 
@@ -457,7 +459,7 @@ def test_the_export_is_whole_and_says_what_it_is(exported):
     config, params, folder = exported
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "loss.png", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
     arrays = load_file(folder / "model.safetensors")
@@ -466,9 +468,15 @@ def test_the_export_is_whole_and_says_what_it_is(exported):
     assert sum(a.size for a in arrays.values()) - norms == sum(leaf.size for leaf in jax.tree.leaves(trained))
     np.testing.assert_array_equal(arrays["model.layers.1.mlp.down_proj.weight"], params["layers"][1]["mlp_proj"].T)
     card = (folder / "README.md").read_text()
-    for words in ("library_name: transformers", "corpus at v1", "1.900 bits per byte", "from_pretrained", "<|bos|>"):
+    for words in (
+        "library_name: transformers",
+        "corpus at revision `v1`",
+        "1.900 bits per byte",
+        "from_pretrained",
+        "<|bos|>",
+    ):
         assert words in card
-    assert "{" not in card
+    assert "{dtype}" not in card and "{source" not in card
 
 
 def test_a_bfloat16_model_travels_in_the_bits_it_computes_with(tokenizer, tmp_path):
@@ -495,7 +503,11 @@ def test_what_qwen3_does_not_compute_is_not_called_qwen3(fields, reason, straigh
     assert {"params.safetensors", "config.json", "tokenizer.json", "README.md"} <= {p.name for p in folder.iterdir()}
     assert not (folder / "model.safetensors").exists()
     card = (folder / "README.md").read_text()
-    assert reason in card and "from_pretrained" not in card and "library_name: onechip" in card
+    assert reason in card and "from_pretrained" not in card and "library_name: jax" in card
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    _, params, _ = train.load_model(folder, maxtext.SWIGLU, maxtext.Config)
+    assert distance(jax.device_get(params), jax.device_get(straight.params)) == 0
+    assert "maxtext.SWIGLU, maxtext.Config" in lines
 
 
 # ---------------------------------------------------------------------------------------------------------------
