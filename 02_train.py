@@ -1037,16 +1037,33 @@ def preflight(config, topology="", model=GPT):
     return fit
 
 
+def compare_microbatches(config, mesh, model=GPT):
+    """(rows, chip.Fit) for microbatches of 1, 2, 4, 8 and 16 sequences that divide the batch per device and fit."""
+    for rows in (1, 2, 4, 8, 16):
+        if config.total_batch_size // mesh.size % rows == 0:
+            fit = measure_fit(dataclasses.replace(config, device_batch_size=rows), mesh, model)
+            if fit.fits:
+                yield rows, fit
+
+
 def look_before(config, topology="", model=GPT):
     """Prints what a step needs, or refuses it. With a topology, or "here" for the attached devices, that is all:
-    the largest batch is looked for as well, and the program ends."""
+    the fastest microbatch and the largest batch are looked for as well, and the program ends."""
     where = "" if topology == "here" else topology
     fit = preflight(config, where, model)
     mesh = chip_mesh(where) if where else make_mesh()
-    print(chip.describe_fit(config, fit, peak_rate(config, mesh, model)))
-    if topology:
-        print(f"  largest device_batch_size: {find_largest_batch(config, where, model)}, without accumulation")
-        raise SystemExit
+    peak = peak_rate(config, mesh, model)
+    print(chip.describe_fit(config, fit, peak))
+    if not topology:
+        return
+    if fit.step_seconds:
+        seconds = {}
+        for rows, other in compare_microbatches(config, mesh, model):
+            seconds[rows] = other.step_seconds
+            say(f"  device_batch_size {rows:2}: {chip.describe_time(config, other, peak)}")
+        say(f"  fastest by estimate: --device_batch_size {min(seconds, key=seconds.get)}")
+    say(f"  largest device_batch_size: {find_largest_batch(config, where, model)}, without accumulation")
+    raise SystemExit
 
 
 def find_largest_batch(config, topology="", model=GPT):
@@ -1572,8 +1589,8 @@ def train_run(run, config, hub_token=None, model=GPT):
 OVERRIDES = ""  # @param ["", "--preset laptop", "--n_head 6 --num_iterations 2000"] {allow-input: true}
 
 if __name__ == "__main__":
-    common.keep_compiled()
     common.keep_freed_memory()
+    common.keep_compiled()
     run, config = common.choose(Config, PRESETS, OVERRIDES)
     print(describe_model(config))
     look_before(config, run.preflight)

@@ -997,8 +997,8 @@ def describe_cost(backend):
 OVERRIDES = ""  # @param ["", "--where wandb", "--budget flops --run_cap 20"] {allow-input: true}
 
 if __name__ == "__main__":
-    common.keep_compiled()
     common.keep_freed_memory()
+    common.keep_compiled()
     backend, settings, corpus = open_sweep(OVERRIDES)
     print(describe_cost(backend))
 

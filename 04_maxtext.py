@@ -294,8 +294,8 @@ PRESETS = {
 OVERRIDES = ""  # @param ["", "--preset laptop", "--compare v6e:1x1"] {allow-input: true}
 
 if __name__ == "__main__":
-    common.keep_compiled()
     common.keep_freed_memory()
+    common.keep_compiled()
     run, config = common.choose(Config, PRESETS, OVERRIDES, CompareRun)
     print(train.describe_model(config, SWIGLU))
     if run.wants_table():
@@ -394,7 +394,7 @@ def qwen3_config(config, bos):
 # model is not. A config that Qwen3 does not compute is not bent to fit: it is saved as 02 saves, and its card says why.
 
 # %%
-LOADING = """
+QWEN3_LOADING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained({source!r}) for kind in (AutoModelForCausalLM, AutoTokenizer))
 prompt = tokenizer({prompt!r}, return_tensors="pt")
@@ -416,11 +416,11 @@ PLAIN = """\
 because none that is known computes the same: {reason}."""
 
 
-def write_card(folder, config, result, source):
+def write_qwen3_card(folder, config, result, source):
     """README.md of a Qwen3's folder: what it is, what it was trained on and how to load it."""
     about = json.loads((result.run_dir / "config.json").read_text())
     prompt = result.samples[0][0] if result.samples else "The "
-    lines, notes = LOADING.format(source=source or str(folder), prompt=prompt), QWEN3.format(dtype=config.dtype)
+    lines, notes = QWEN3_LOADING.format(source=source or str(folder), prompt=prompt), QWEN3.format(dtype=config.dtype)
     size, dataset = train.count_params(config, SWIGLU)["total"], train.name_dataset(about)
     card = common.model_card(result, about, size, lines, dataset, notes, "transformers")
     with common.atomic_write(folder / "README.md") as part:
@@ -467,7 +467,7 @@ def export_qwen3(config, result, tokenizer, source=""):
     write_json(folder / "config.json", qwen3_config(config, bos))
     write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": bos})
     write_tokenizer(folder, config, tokenizer)
-    write_card(folder, config, result, source)
+    write_qwen3_card(folder, config, result, source)
     say(f"export: {folder} is a Qwen3ForCausalLM in {config.dtype}")
     return folder
 

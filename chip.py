@@ -207,14 +207,19 @@ def describe_fit(config, fit, peak_rate):
     moved = f", {fit.bytes_per_token / 1e6:.1f} MB moved" if fit.bytes_per_token else ""
     lines.append(f"  work a token: {fit.flops_per_token / 1e9:.3g} GFLOP{moved}")
     if fit.step_seconds:
-        rate = config.total_batch_size * config.seq_len / fit.step_seconds
-        mfu = f", MFU {rate / peak_rate:.0%}" if peak_rate else ""
         hours = fit.step_seconds * config.num_iterations / 3600
-        lines.append(
-            f"  compiler's estimate: {1e3 * fit.step_seconds:.0f} ms a step, {rate / 1e3:,.0f} thousand tok/s{mfu}; "
-            f"{config.num_iterations:,} steps in {hours:.1f} h"
-        )
+        estimate = describe_time(config, fit, peak_rate)
+        lines.append(f"  compiler's estimate: {estimate}; {config.num_iterations:,} steps in {hours:.1f} h")
     return "\n".join(lines)
+
+
+def describe_time(config, fit, peak_rate):
+    """A Fit's estimated time and rate, with MFU where the device's peak is known, and its bytes."""
+    rate = config.total_batch_size * config.seq_len / fit.step_seconds
+    mfu = f", MFU {rate / peak_rate:.1%}" if peak_rate else ""
+    return (
+        f"{1e3 * fit.step_seconds:.1f} ms a step, {rate / 1e3:,.0f} thousand tok/s{mfu}, {fit.peak_bytes / GIB:.3g} GiB"
+    )
 
 
 def smaller_configs(config, devices):

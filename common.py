@@ -96,11 +96,10 @@ def keep_freed_memory():
     """Has the C library keep what XLA frees after each step on a CPU, instead of giving it back to the system.
 
     Fresh pages for XLA's temporaries cost a fifth of a small model's step (LOG 2026-11-20). These are glibc's settings
-    M_ARENA_MAX 1, M_MMAP_MAX 0 and M_TRIM_THRESHOLD never; a C library without mallopt is left as it is.
+    M_ARENA_MAX 1, M_MMAP_MAX 0 and M_TRIM_THRESHOLD never, for threads that are yet to come: call it before JAX is
+    used. A C library without mallopt is left as it is.
     """
-    import jax
-
-    if jax.default_backend() == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+    if os.environ.get("JAX_PLATFORMS") == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         for name, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
             library.mallopt(name, value)
 

@@ -137,16 +137,14 @@ def measure_family(mesh):
     yield "8 layers, 4 x 256 heads, 1 KV, SwiGLU", "ms a step", PUBLISHED_FAMILY_MS, 1e3 * fit.step_seconds
 
 
-def print_microbatches(mesh, name, changes=()):
+def print_microbatches(mesh, name="02_train", *changes):
     """A row per microbatch: what accumulating costs and saves."""
     module = importlib.import_module(name)
     model = train.GPT if name == "02_train" else module.SWIGLU
-    for rows in (4, 8, 2, 16, 1):
-        config = module.Config(device_batch_size=rows, **dict(change.split("=") for change in changes))
-        fit = train.measure_fit(config, mesh, model)
-        rate = config.total_batch_size * config.seq_len / fit.step_seconds
-        print(f"{64 // rows:3} x ({rows:2} x 2048), {config.attn_impl}: {1e3 * fit.step_seconds:6.1f} ms, "
-              f"MFU {rate / train.peak_rate(config, mesh, model):.1%}, {fit.peak_bytes / chip.GIB:.2f} GiB, "
+    config = module.Config(**dict(change.split("=") for change in changes))
+    peak = train.peak_rate(config, mesh, model)
+    for rows, fit in train.compare_microbatches(config, mesh, model):
+        print(f"{64 // rows:3} x ({rows:2} x 2048), {config.attn_impl}: {chip.describe_time(config, fit, peak)}; "
               f"compiled in {fit.compile_seconds:.0f} s", flush=True)  # fmt: skip
 
 
@@ -156,7 +154,7 @@ MEASURES = {"time": measure_time, "memory": measure_memory, "batch": measure_bat
 def main(names):
     mesh = train.chip_mesh("v6e:1x1")
     if names[:1] == ["micro"]:
-        return print_microbatches(mesh, *(names[1:2] or ["02_train"]), names[2:])
+        return print_microbatches(mesh, *names[1:])
     print(f"{'measure':44}{'unit':>12}{'baseline':>11}{'onechip':>11}{'ratio':>8}   jax {jax.__version__}")
     for name in names or MEASURES:
         for what, unit, before, after in MEASURES[name](mesh):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,34 @@ def test_the_preflight_of_a_machine_comes_before_any_data(tmp_path):
     )
     assert not (tmp_path / "runs").exists()
     assert not list(tmp_path.glob("home/[!c]*"))  # but for home/compiled
+
+
+def test_microbatches_that_divide_the_batch_are_compared(monkeypatch):
+    """1, 2, 4, 8 and 16 sequences at a time, where the batch per device has them whole and the step fits."""
+    asked = []
+
+    def measure_fit(config, mesh, model):
+        asked.append(config.device_batch_size)
+        assert config.total_batch_size == 24
+        return chip.Fit("", config.device_batch_size, 7, {}, 1.0, 1.0, 1.0, 1.0, "compiled")
+
+    monkeypatch.setattr(train, "measure_fit", measure_fit)
+    config, mesh = dataclasses.replace(TINY, total_batch_size=24), train.make_mesh(jax.devices()[:1])
+    assert [rows for rows, _ in train.compare_microbatches(config, mesh)] == [1, 2, 4]
+    assert asked == [1, 2, 4, 8]
+
+
+def test_the_preflight_command_tells_and_ends(tmp_path):
+    """One command says what a step needs and what the largest batch is; nothing is downloaded, trained or left."""
+    flags = "--preflight here --n_head 2 --head_dim 16 --aspect_ratio 32 --seq_len 4096 --vocab_size 64 --loss_slice 64"
+    flags += " --device_batch_size 2 --total_batch_size 2"
+    command = [sys.executable, str(ROOT / "02_train.py"), *flags.split()]
+    environment = os.environ | {"ONECHIP_HOME": str(tmp_path / "home"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "step compiled for 1 x cpu" in done.stdout and "parameters " in done.stdout
+    assert re.search(r"largest device_batch_size: \d+, without accumulation", done.stdout)
+    assert not (tmp_path / "runs").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
