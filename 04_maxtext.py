@@ -135,7 +135,7 @@ class Config(train.TrainConfig):
     tile: int = setting(256, "every side of a matrix is a multiple of it: 256 on a v6e, 128 on older TPUs, 1 for any")
     window_pattern: str = setting("L", "attention per layer, tiled: L all, S half the context; last: L", fixed=True)
     softcap: float = setting(0.0, "logits are bounded to +-softcap by tanh; 0 for no bound, as Qwen3", fixed=True)
-    attn_impl: str = setting("splash", "einsum or jax (any device), splash or pallas (TPU)")
+    device_batch_size: int = setting(2, "sequences per microbatch and device: fastest of 1 to 16 by estimate")
     loss_slice: int = setting(1024, "tokens whose logits exist at one time, an eighth of a microbatch")
 
     def check_sizes(self):

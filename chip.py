@@ -245,8 +245,8 @@ def explain_refusal(config, fit, count_params, measure, devices):
     told = f"a step needs {needs} GiB of the {fit.limit_bytes / GIB:.4g} GiB of {fit.where}"
     nearest = "no smaller batch or model of this shape fits"
     for smaller in smaller_configs(config, devices):
-        fixed = sum(memory_parts(smaller, count_params(smaller), 0).values())
-        if fixed + fit.parts["activations"] * bulk(smaller) / bulk(config) < fit.limit_bytes:
+        resident = 12 * count_params(smaller)
+        if resident + fit.parts["activations"] * bulk(smaller) / bulk(config) < fit.limit_bytes:
             if (found := measure(smaller)).fits:
                 names = [f.name for f in dataclasses.fields(config)]
                 new = {n: getattr(smaller, n) for n in names if getattr(smaller, n) != getattr(config, n)}

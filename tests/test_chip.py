@@ -278,12 +278,12 @@ def test_a_v6e_program_has_the_kernels_its_attention_promises(impl, kernels_per_
     memory, state = fit.compiled.memory_analysis(), 12 * train.count_params(CHIP)["total"]
     assert memory.alias_size_in_bytes >= state  # donated
     assert memory.temp_size_in_bytes < 8 * 2**20  # 4.7 to 6.3 MiB on jax 0.7.2 to 0.12
-    assert state < fit.peak_bytes < 1.1 * state + memory.temp_size_in_bytes and fit.fits
+    assert state < fit.peak_bytes < 1.1 * state + 48 * 2**20 and fit.fits  # 30 MiB of it for the program
     assert fit.limit_bytes == int(31.25 * 2**30)
 
 
-# GiB that one layer of each preset may take; by this compiler 1.6, 6.1 and 0.1 (LOG 2026-11-20)
-BOUNDS = {"chip": 1.9, "gpu": 7.0, "laptop": 0.2}
+# GiB that one layer of each preset may take; 2.1 for the chip's by jax 0.10.2.
+BOUNDS = {"chip": 2.4, "gpu": 7.0, "laptop": 0.2}
 
 
 @pytest.mark.slow
@@ -319,8 +319,9 @@ def test_a_slice_and_a_v5e_compile_too():
     assert mesh.size == 8
     fit = train.measure_fit(dataclasses.replace(CHIP, total_batch_size=16), mesh)
     assert "all-reduce" in fit.compiled.as_text() and fit.fits
-    large = train.Config(aspect_ratio=1024, device_batch_size=400, total_batch_size=400)  # one layer
-    with pytest.raises(train.DoesNotFit, match="GiB of the 15.75 GiB of 1 x TPU v5 lite; device_batch_size=.* fits"):
+    large = train.Config(n_head=32, aspect_ratio=1024, vocab_size=1 << 17, device_batch_size=1, total_batch_size=1)
+    wanted = "GiB of the 15.75 GiB of 1 x TPU v5 lite; n_head=24, n_kv_head=24 fits, with"  # three layers for four
+    with pytest.raises(train.DoesNotFit, match=wanted):
         train.preflight(large, "v5e:1x1")
 
 
