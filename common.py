@@ -90,6 +90,8 @@ def keep_compiled():
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
+        # the default keeps what took a second: a start has a dozen programs that take less, and two seconds together
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def keep_freed_memory():

@@ -99,6 +99,7 @@ FIRST_STEP = """
 import importlib, sys
 sys.path.insert(0, {root!r})
 bench = importlib.import_module("bench.cpu")
+bench.train.common.keep_freed_memory()
 bench.train.common.keep_compiled()
 bench.Stepper(bench.config_of("small"))()
 """
@@ -185,6 +186,7 @@ BENCHES = {
 
 
 def main(names):
+    train.common.keep_freed_memory()  # as 02 does
     environment = {"jax": jax.__version__, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
     print(json.dumps({**environment, **{name: BENCHES[name]() for name in names or BENCHES}}, indent=2))
 

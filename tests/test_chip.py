@@ -282,12 +282,12 @@ def test_a_v6e_program_has_the_kernels_its_attention_promises(impl, kernels_per_
     assert fit.limit_bytes == int(31.25 * 2**30)
 
 
-# GiB that one layer of each preset may take; 2.1 for the chip's by jax 0.10.2.
-BOUNDS = {"chip": 2.4, "gpu": 7.0, "laptop": 0.2}
+# GiB that one layer of each preset may take; the chip's is below, with all its layers.
+BOUNDS = {"gpu": 7.0, "laptop": 0.2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", sorted(train.PRESETS.keys() - {"chip"}))
 def test_every_preset_compiles_for_a_v6e(preset, on_v6e):
     """One layer and two microbatches of each: a change that breaks the chip, or takes twice the memory, fails here."""
     whole = train.Config(**train.PRESETS[preset])
@@ -301,7 +301,7 @@ def test_every_preset_compiles_for_a_v6e(preset, on_v6e):
 @pytest.mark.slow
 def test_the_default_model_fits_a_v6e_with_room(on_v6e):
     """All 16 layers at 4 x 2048 tokens: under 7 GiB of 31.25, two kernels a layer, twice the plain design's speed."""
-    config = dataclasses.replace(train.Config(), total_batch_size=4)
+    config = dataclasses.replace(train.Config(**train.PRESETS["chip"]), total_batch_size=4)
     fit = train.measure_fit(config, on_v6e)
     assert count_kernels(fit.compiled) == 2 * 16
     assert fit.peak_bytes < 7 * chip.GIB  # 17.4 in the plain design
