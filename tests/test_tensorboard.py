@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
+import chip
 import common
 
 tok = importlib.import_module("01_tokenizer")
@@ -109,7 +110,7 @@ def tiny_run(tmp_path_factory):
     sizes = {"n_head": 2, "head_dim": 8, "aspect_ratio": 8, "vocab_size": 280, "seq_len": 24, "attn_impl": "einsum"}
     batches = {"device_batch_size": 2, "total_batch_size": 2, "num_iterations": 24, "eval_every": 8, "eval_tokens": 99}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.PEAK_FLOPS, "cpu", 1e12)
+        patch.setitem(chip.CHIPS, "cpu", chip.Chip(1e12))
         train.train(train.Config(dtype="float32", **sizes, **batches), corpus, tokenizer, folder / "runs" / "tiny")
     return folder / "runs" / "tiny"
 

@@ -111,7 +111,7 @@ def test_a_sweep_from_its_creation_to_its_results(server, tmp_path):
 
 def test_a_stop_command_ends_a_trial_within_an_evaluation(server, tmp_path):
     """Stopped by the server after its first score: it ends as stopped, not as failed, and the next trial runs."""
-    words = ["--where", "wandb", "--count", "2", *LONG]
+    words = ["--where", "wandb", "--count", "2", *LONG, "--num_iterations", "9000"]  # time for the command to arrive
     with started(server, tmp_path, *words) as process:
         wait_for(lambda: "trial1" in server.runs and scores(server.runs["trial1"]), process)
         seen = len(scores(server.runs["trial1"]))
