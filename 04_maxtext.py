@@ -226,7 +226,7 @@ SWIGLU = train.Model(init_params, backbone)
 # ## Side by side
 #
 # What does it buy? The table under Run compares both models as designed, on the attached TPU or by the compiler's
-# estimate for one that is not here (`--compare v6e:1x1`, six minutes on two cores). At two sequences a microbatch the
+# estimate for one that is not here (`--compare v6e:1x1`, which takes minutes). At two sequences a microbatch the
 # estimated MFU is 53.6 % here and 47.8 % for 02. A token costs this model more FLOPs, yet they are of a better kind:
 # heads of 256 channels fill the matrix unit, which heads of 128 half fill; a layer has four heads to softmax instead of
 # eight; two K/V heads of 256 are half the keys and values to write and read; and the residual stream is read and

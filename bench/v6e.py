@@ -1,6 +1,6 @@
 """What the v6e compiler says of 02's step, beside the plain design that it started from. No TPU is needed or used.
 
-    uv run bench/v6e.py                     all measures, one table; 14 programs of 16 layers: an hour on two cores
+    uv run bench/v6e.py                     all measures, one table: some 15 programs of up to 16 layers
     uv run bench/v6e.py time memory         some of them: time, memory, batch, family
     uv run bench/v6e.py micro [04_maxtext]  estimates for 1, 2, 4, 8 and 16 sequences a microbatch, 64 in all
 
