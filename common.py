@@ -508,7 +508,9 @@ def progress_bar(**options):
     live = in_notebook() or sys.stderr.isatty()
     pace = {"mininterval": 1.0 if live else 60.0, "maxinterval": 60.0}  # a log file keeps every bar, one a minute
     # A plain bar in a notebook is one line only where other text goes to the same stream.
-    return tqdm(file=sys.stdout if in_notebook() else sys.stderr, dynamic_ncols=True, **pace, **options)
+    stream = sys.stdout if in_notebook() else sys.stderr
+    alone = threading.current_thread() is threading.main_thread()  # a sweep's trials run in threads, one after another
+    return tqdm(file=stream, leave=alone, dynamic_ncols=True, **pace, **options)
 
 
 def show_picture(path):

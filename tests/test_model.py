@@ -285,6 +285,18 @@ def test_a_key_is_seen_from_its_own_position_for_window_queries_and_by_no_other(
         assert np.flatnonzero(changed).tolist() == list(range(t, min(length, t + window)))
 
 
+def test_attention_in_bfloat16_takes_its_softmax_in_float32():
+    """Scores rounded to bfloat16 before the softmax lose 3 more bits: the error stays near that of the inputs' type."""
+    (q, k, v, _), window = attention_case("einsum", "GQA", 5)
+    q, k, v = (jnp.asarray(a * 2, jnp.bfloat16) for a in (q, k, v))
+    want, _ = attention_reference(*(np.float64(a) for a in (q, k, v)), window)
+    for impl in ("einsum", "jax"):
+        out = getattr(train, f"attention_{impl}")(q, k, v, window)
+        assert out.dtype == jnp.bfloat16
+        error = np.sqrt(np.mean((np.float64(out) - want) ** 2)) / np.sqrt(np.mean(want**2))
+        assert error < 2.5e-3, (impl, error)
+
+
 def relative_rms(a, reference):
     """Root mean square of the difference, as a share of the reference's."""
     return np.sqrt(np.mean((np.float64(a) - reference) ** 2) / np.mean(np.float64(reference) ** 2))
@@ -298,9 +310,9 @@ def test_attention_in_bfloat16_stays_near_its_inputs_precision(impl):
     want, want_grads = raw_attention_reference(*(np.float64(a) for a in (q, k, v)), window, BASE, np.float64(g))
     out, back = jax.vjp(attend_by(impl, q.shape[1], q.shape[3], window), q, k, v)
     assert out.dtype == jnp.bfloat16
-    errors = [relative_rms(out, want), *(relative_rms(a, b) for a, b in zip(back(g), want_grads, strict=True))]
-    assert max(errors) < 1e-2, errors
-    print(impl, errors)
+    assert relative_rms(out, want) < 3.5e-3
+    for grad, want_grad in zip(back(g), want_grads, strict=True):
+        assert relative_rms(grad, want_grad) < 5e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------
