@@ -1046,46 +1046,18 @@ def preflight(config, topology="", model=GPT):
     return fit
 
 
-def compare_microbatches(config, mesh, model=GPT):
-    """(rows, chip.Fit) for microbatches of 1, 2, 4, 8 and 16 sequences that divide the batch per device and fit."""
-    for rows in (1, 2, 4, 8, 16):
-        if config.total_batch_size // mesh.size % rows == 0:
-            fit = measure_fit(dataclasses.replace(config, device_batch_size=rows), mesh, model)
-            if fit.fits:
-                yield rows, fit
-
-
 def look_before(config, topology="", model=GPT):
     """Prints what a step needs, or refuses it. With a topology, or "here" for the attached devices, that is all:
     the fastest microbatch and the largest batch are looked for as well, and the program ends."""
     where = "" if topology == "here" else topology
-    fit = preflight(config, where, model)
-    mesh = chip_mesh(where) if where else make_mesh()
+    fit, mesh = preflight(config, where, model), chip_mesh(where) if where else make_mesh()
     peak = peak_rate(config, mesh, model)
     print(chip.describe_fit(config, fit, peak))
-    if not topology:
-        return
-    if fit.step_seconds:
-        seconds = {}
-        for rows, other in compare_microbatches(config, mesh, model):
-            seconds[rows] = other.step_seconds
-            say(f"  device_batch_size {rows:2}: {chip.describe_time(config, other, peak)}")
-        say(f"  fastest by estimate: --device_batch_size {min(seconds, key=seconds.get)}")
-    say(f"  largest device_batch_size: {find_largest_batch(config, where, model)}, without accumulation")
-    raise SystemExit
-
-
-def find_largest_batch(config, topology="", model=GPT):
-    """The most sequences a device can take at a time, without accumulation, by bisection over real programs."""
-    mesh = chip_mesh(topology) if topology else make_mesh()
-
-    def peak_of(rows):
-        fit = measure_fit(
-            dataclasses.replace(config, device_batch_size=rows, total_batch_size=rows * mesh.size), mesh, model
-        )
-        return fit.peak_bytes if fit.fits else None
-
-    return chip.largest_that_fits(peak_of, chip.memory_limit(mesh.devices.flat[0]), config.device_batch_size)
+    if topology:
+        measure = lambda config: measure_fit(config, mesh, model)
+        for line in chip.look_further(config, fit, mesh.size, measure, peak):
+            say(line)
+        raise SystemExit
 
 
 # %% [markdown]
@@ -1142,7 +1114,9 @@ def make_sampler(config, max_new_tokens, temperature=0.0, top_k=0, model=GPT):
     def sample(params, prompt, length, key):
         params = cast_params(config, params)
         (B, P), K, H = prompt.shape, config.n_kv_head, config.head_dim
-        k, v = (jnp.zeros((B * K, *shape), config.dtype) for shape in ((P + max_new_tokens, H), (H, P + max_new_tokens)))
+        k, v = (
+            jnp.zeros((B * K, *shape), config.dtype) for shape in ((P + max_new_tokens, H), (H, P + max_new_tokens))
+        )
         cache = ((k, v),) * config.n_layer
         choose = lambda hidden, key: pick_token(logits_of(config, params, hidden), key, temperature, top_k)
 

@@ -276,3 +276,39 @@ def largest_that_fits(peak_of, limit, start):
             rows = 2 * low if high is None else (low + high) // 2
         rows = max(rows, low + 1) if high is None else min(max(rows, low + 1), high - 1)
     return low
+
+
+def compare_microbatches(config, fit, devices, measure):
+    """Yields (rows, Fit) for microbatches of 1, 2, 4, 8 and 16 sequences that divide the batch per device and fit.
+
+    fit: that of config itself; measure(config) -> Fit of another.
+    """
+    for rows in (1, 2, 4, 8, 16):
+        if config.total_batch_size // devices % rows == 0:
+            known = rows == config.device_batch_size
+            found = fit if known else measure(dataclasses.replace(config, device_batch_size=rows))
+            if found.fits:
+                yield rows, found
+
+
+def find_largest_batch(config, fit, devices, measure):
+    """The most sequences a device can take at a time, without accumulation, by bisection over real programs."""
+
+    def peak_of(rows):
+        found = measure(dataclasses.replace(config, device_batch_size=rows, total_batch_size=rows * devices))
+        return found.peak_bytes if found.fits else None
+
+    return largest_that_fits(peak_of, fit.limit_bytes, config.device_batch_size)
+
+
+def look_further(config, fit, devices, measure, peak_rate):
+    """Yields lines on other microbatches, where there is an estimate of time, and on the largest batch, with a limit."""
+    if fit.step_seconds:
+        seconds = {}
+        for rows, other in compare_microbatches(config, fit, devices, measure):
+            seconds[rows] = other.step_seconds
+            yield f"  device_batch_size {rows:2}: {describe_time(config, other, peak_rate)}"
+        yield f"  fastest by estimate: --device_batch_size {min(seconds, key=seconds.get)}"
+    if fit.limit_bytes:
+        largest = find_largest_batch(config, fit, devices, measure)
+        yield f"  largest device_batch_size: {largest}, without accumulation"

@@ -143,7 +143,8 @@ def print_microbatches(mesh, name="02_train", *changes):
     model = train.GPT if name == "02_train" else module.SWIGLU
     config = module.Config(**dict(change.split("=") for change in changes))
     peak = train.peak_rate(config, mesh, model)
-    for rows, fit in train.compare_microbatches(config, mesh, model):
+    measure = lambda config: train.measure_fit(config, mesh, model)
+    for rows, fit in chip.compare_microbatches(config, measure(config), mesh.size, measure):
         print(f"{64 // rows:3} x ({rows:2} x 2048), {config.attn_impl}: {chip.describe_time(config, fit, peak)}; "
               f"compiled in {fit.compile_seconds:.0f} s", flush=True)  # fmt: skip
 

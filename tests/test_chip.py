@@ -182,19 +182,13 @@ def test_smaller_configs_keep_the_batch_and_then_shrink_the_model():
     assert [c.device_batch_size for c in chip.smaller_configs(TINY, 2)][:3] == [3, 2, 1]
 
 
-def test_the_largest_batch_of_a_real_step(monkeypatch, quick_compiler):
+def test_the_largest_batch_of_a_real_step(quick_compiler):
     """By compiling: the answer fits this machine's limit, one more does not."""
     mesh = train.make_mesh(jax.devices()[:1])
-
-    def peak(rows):
-        return train.measure_fit(
-            dataclasses.replace(TINY, device_batch_size=rows, total_batch_size=rows), mesh
-        ).peak_bytes
-
-    limit = peak(9)
-    monkeypatch.setattr(train, "make_mesh", lambda: mesh)
-    monkeypatch.setattr(chip, "memory_limit", lambda device: limit)
-    assert train.find_largest_batch(TINY) == 9
+    measure = lambda config: train.measure_fit(config, mesh)
+    limit = measure(dataclasses.replace(TINY, device_batch_size=9, total_batch_size=9)).peak_bytes
+    limited = lambda config: measure(config)._replace(limit_bytes=limit)
+    assert chip.find_largest_batch(TINY, limited(TINY), 1, limited) == 9
 
 
 def test_the_preflight_of_a_machine_comes_before_any_data(tmp_path):
@@ -223,19 +217,30 @@ def test_the_preflight_of_a_machine_comes_before_any_data(tmp_path):
     assert not list(tmp_path.glob("home/[!c]*"))  # but for home/compiled
 
 
-def test_microbatches_that_divide_the_batch_are_compared(monkeypatch):
-    """1, 2, 4, 8 and 16 sequences at a time, where the batch per device has them whole and the step fits."""
+def test_microbatches_that_divide_the_batch_are_compared():
+    """1, 2, 4, 8 and 16 sequences at a time, where the batch per device has them whole and the step fits.
+
+    What is known of the config itself is not compiled again; the fastest is named, and so is the largest batch.
+    """
     asked = []
 
-    def measure_fit(config, mesh, model):
-        asked.append(config.device_batch_size)
-        assert config.total_batch_size == 24
-        return chip.Fit("", config.device_batch_size, 7, {}, 1.0, 1.0, 1.0, 1.0, "compiled")
+    def measure(config):
+        rows = config.device_batch_size
+        asked.append((rows, config.total_batch_size))
+        return chip.Fit("", 2**30 * rows, 7 * 2**30, {}, 1.0, 1.0, 1 / 64 if rows == 2 else 1 / rows, 1.0, "compiled")
 
-    monkeypatch.setattr(train, "measure_fit", measure_fit)
-    config, mesh = dataclasses.replace(TINY, total_batch_size=24), train.make_mesh(jax.devices()[:1])
-    assert [rows for rows, _ in train.compare_microbatches(config, mesh)] == [1, 2, 4]
-    assert asked == [1, 2, 4, 8]
+    config = dataclasses.replace(TINY, total_batch_size=48, device_batch_size=4)
+    fit = measure(config)
+    assert [rows for rows, _ in chip.compare_microbatches(config, fit, 2, measure)] == [1, 2, 4]
+    assert asked == [(4, 48), (1, 48), (2, 48), (8, 48)]
+    lines = list(chip.look_further(config, fit, 2, measure, None))
+    assert [line.split(":")[0] for line in lines[:3]] == [f"  device_batch_size  {rows}" for rows in (1, 2, 4)]
+    assert lines[3:] == [
+        "  fastest by estimate: --device_batch_size 2",
+        "  largest device_batch_size: 7, without accumulation",
+    ]
+    assert len(list(chip.look_further(config, fit._replace(step_seconds=None), 2, measure, None))) == 1
+    assert not list(chip.look_further(config, fit._replace(step_seconds=None, limit_bytes=None), 2, measure, None))
 
 
 def test_the_preflight_command_tells_and_ends(tmp_path):
