@@ -475,12 +475,13 @@ def merge_params(trainable, constants):
 # ### Attention, four times
 #
 # One function, four implementations. `einsum` is the one to read: scores, mask, softmax, sum, for 256 queries at a time
-# and the keys that any of them sees, which trains 1.3 times as fast on a CPU as all T x T at once. Its weights stay in
-# memory for the gradient, 72 MiB a sequence and layer at the default size. `jax` is JAX's own, as XLA operations on any
-# device. `splash` and `pallas` are TPU kernels that never write that matrix down and skip the blocks that a window
-# masks: JAX's Splash Attention, and this project's own in `kernels.py`, which rotates and norms q and k on the way and
-# takes a step from 709 to 513 ms by the compiler's estimate. All take q (B, T, N, H) and k, v (B, T, K, H) as they come
-# out of their products; query head n reads key/value head n // (N / K). Tests hold them equal in value and gradient.
+# (an eighth of a longer context) and the keys that any of them sees: 1.3 times as fast on a CPU as T x T at once. Its
+# weights stay in memory for the gradient, 72 MiB a sequence and layer at the default size. `jax` is JAX's own, as XLA
+# operations on any device. `splash` and `pallas` are TPU kernels that never write that matrix down and skip the blocks
+# that a window masks: JAX's Splash Attention, and this project's own in `kernels.py`, which rotates and norms q and k on
+# the way and takes a step from 709 to 513 ms by the compiler's estimate. All take q (B, T, N, H) and k, v (B, T, K, H)
+# as they come out of their products; query head n reads key/value head n // (N / K). Tests hold them equal in value
+# and gradient.
 
 
 # %%
@@ -499,8 +500,9 @@ def window_mask(queries, keys, window):
     return (distance >= 0) & (distance < window)
 
 
-def attention_einsum(q, k, v, window, block=256):
+def attention_einsum(q, k, v, window):
     T, parts = q.shape[1], []
+    block = max(256, -(-T // 8))  # no more than eight: each is compiled by itself
     for start in range(0, T, block):
         end, first = min(start + block, T), max(0, start - window + 1)  # no query of this block sees another key
         mask = window_mask(jnp.arange(start, end), jnp.arange(first, end), window)

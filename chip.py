@@ -302,7 +302,7 @@ def find_largest_batch(config, fit, devices, measure):
 
 
 def look_further(config, fit, devices, measure, peak_rate):
-    """Yields lines on other microbatches, where there is an estimate of time, and on the largest batch, with a limit."""
+    """Yields lines: other microbatches, if there is an estimate of time; the largest batch, if there is a limit."""
     if fit.step_seconds:
         seconds = {}
         for rows, other in compare_microbatches(config, fit, devices, measure):
