@@ -5,11 +5,13 @@
 
 Float32, AdamW, full attention, random tokens for `train`, in the two shapes of README's table of peers. Each figure is
 the median of three rounds, with the lowest and highest beside it; the machine's own matrix product is timed in the same
-rounds. Other load on the machine lowers all of them: compare figures of one run.
+rounds, and the share of it counts the keys that a causal query sees. Other load on the machine lowers all of them:
+compare figures of one run.
 """
 
 import functools
 import importlib
+import itertools
 import json
 import os
 import statistics
@@ -88,7 +90,7 @@ def bench_train():
             rounds[name].append(rate(stepper, stepper.tokens.size, 8.0))
     result = {"matmul_gflops": summarize([r / 1e9 for r in rates])}
     for name, values in rounds.items():
-        flops = train.flops_per_token(steppers[name].config, full_attention=True)
+        flops = train.flops_per_token(steppers[name].config)
         share = flops * statistics.median(values) / statistics.median(rates)
         result[name] = {"tokens_per_second": summarize(values), "mflop_per_token": round(flops / 1e6, 1)}
         result[name]["share_of_matmul"] = round(share, 3)
@@ -151,14 +153,17 @@ def bench_loader():
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
     batch_tokens = config.total_batch_size * config.seq_len
     stream = lambda: train.batches_from(train.token_stream(tokenizer, corpus.train, batch_tokens), config)
-    alone = []
-    for _ in range(ROUNDS):
-        batches, start, cpu = stream(), time.perf_counter(), time.process_time()
-        for _ in range(400):
-            next(batches)
-        alone.append(
-            (400 * batch_tokens / (time.perf_counter() - start), 400 * batch_tokens / (time.process_time() - cpu))
-        )
+    texts = [text for _, text in tok.read_documents(corpus.train)]
+
+    def per_second(action):
+        """(tokens per second, tokens per CPU second) of an action that returns how many it made."""
+        start, cpu = time.perf_counter(), time.process_time()
+        count = action()
+        return count / (time.perf_counter() - start), count / (time.process_time() - cpu)
+
+    encode = lambda: sum(len(ids) for i in range(0, 640, 32) for ids in tok.encode_batch(tokenizer, texts[i : i + 32]))
+    take = lambda: sum(x.size for (x, _), _ in itertools.islice(stream(), 400))
+    alone, encoder = zip(*((per_second(take), per_second(encode)) for _ in range(ROUNDS)), strict=True)
     stepper, without, beside, waited = Stepper(config), [], [], []
     for _ in range(ROUNDS):
         without.append(rate(stepper, batch_tokens, 6.0))
@@ -174,6 +179,7 @@ def bench_loader():
     return {
         "stream_tokens_per_second": summarize([wall for wall, _ in alone]),
         "stream_tokens_per_cpu_second": summarize([cpu for _, cpu in alone]),
+        "tokenizer_alone_per_cpu_second": summarize([cpu for _, cpu in encoder]),
         "step_without_loader": summarize(without), "step_with_loader": summarize(beside),
         "wait_ms_per_step": summarize([1e3 * w for w in waited], 2),
     }  # fmt: skip

@@ -233,6 +233,17 @@ def attend_by(impl, length, channels, window):
     return lambda q, k, v: train.ATTENTIONS[impl](q, k, v, train.rope_tables(shape), window)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rotate", ["rotate_halves", "rotate_by_product"])
+def test_both_rotations_are_the_reference(rotate, dtype):
+    """A TPU takes the one, any other device the other: the same angles, and the sum is in float32."""
+    shape = train.Config(n_head=2, head_dim=10, aspect_ratio=20, seq_len=7, attn_impl="einsum", rope_base=BASE)
+    x = jnp.asarray(np.random.default_rng(8).normal(size=(2, 7, 3, 10)), dtype)
+    out = getattr(train, rotate)(x, *train.rope_tables(shape))
+    assert out.dtype == jnp.float32
+    assert distance(out, rope_reference(np.float64(x), BASE)) < 3e-7
+
+
 def test_attention_reference_gradients_match_finite_differences():
     """The float64 reference's own gradients are right, so that what is compared with them is."""
     (q, k, v, g), window = attention_case("einsum", "GQA", 5)
@@ -346,7 +357,7 @@ def test_forward_equals_a_float64_transformer(impl, kv_heads, pattern):
 
 
 @pytest.mark.parametrize("impl, channels", [("splash", 14), ("pallas", 128)])
-def test_forward_with_a_kernel_equals_a_float64_transformer(impl, channels):
+def test_forward_with_a_kernel_equals_a_float64_transformer(impl, channels, full_compiler):
     """The kernels stand in the model where the readable attention stands, each layer with its own window."""
     shape = dict(n_head=2, n_kv_head=1, head_dim=channels, aspect_ratio=channels, seq_len=128)
     config = replace(attn_impl=impl, window_pattern="S", **shape)
