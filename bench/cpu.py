@@ -9,6 +9,7 @@ rounds, and the share of it counts the keys that a causal query sees. Other load
 compare figures of one run.
 """
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -133,27 +134,19 @@ def bench_decode(prompt=64, new=128):
     return result
 
 
-def bench_tokenizer():
-    """The offline corpus at 8,192 tokens: seconds to train, tokens per second to encode, both on all cores."""
+def offline_tokens(config):
+    """(a maker of the stream of batches, the tokenizer, the texts) of the offline corpus."""
     corpus = tok.get_corpus("offline", 0)
-    trained = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        tokenizer = tok.train_tokenizer((text for _, text in tok.read_documents(corpus.train)), 8192)
-        trained.append(time.perf_counter() - start)
-    texts = [text for _, text in tok.read_documents(corpus.train)]
-    count = sum(map(len, tok.encode_batch(tokenizer, texts)))
-    rates = [rate(lambda: tok.encode_batch(tokenizer, texts), count) for _ in range(ROUNDS)]
-    return {"train_seconds": summarize(trained, 2), "encode_tokens_per_second": summarize(rates), "tokens": count}
-
-
-def bench_loader():
-    """The stream, parquet to packed batches, by itself, per core; and the step with and without a loader beside it."""
-    corpus, config = tok.get_corpus("offline", 0), config_of("small")
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
     batch_tokens = config.total_batch_size * config.seq_len
     stream = lambda: train.batches_from(train.token_stream(tokenizer, corpus.train, batch_tokens), config)
-    texts = [text for _, text in tok.read_documents(corpus.train)]
+    return stream, tokenizer, [text for _, text in tok.read_documents(corpus.train)]
+
+
+def bench_tokenizer():
+    """Seconds to train 8,192 tokens on the offline corpus, on all cores; tokens encoded per second and CPU second, by
+    the tokenizer alone and as the stream that training reads, parquet to packed batches."""
+    stream, tokenizer, texts = offline_tokens(config_of("small"))
 
     def per_second(action):
         """(tokens per second, tokens per CPU second) of an action that returns how many it made."""
@@ -161,12 +154,28 @@ def bench_loader():
         count = action()
         return count / (time.perf_counter() - start), count / (time.process_time() - cpu)
 
+    def timed_training():
+        start = time.perf_counter()
+        tok.train_tokenizer(iter(texts), 8192)
+        return time.perf_counter() - start
+
     encode = lambda: sum(len(ids) for i in range(0, 640, 32) for ids in tok.encode_batch(tokenizer, texts[i : i + 32]))
-    take = lambda: sum(x.size for (x, _), _ in itertools.islice(stream(), 400))
-    alone, encoder = zip(*((per_second(take), per_second(encode)) for _ in range(ROUNDS)), strict=True)
-    stepper, without, beside, waited = Stepper(config), [], [], []
+    read = lambda: sum(x.size for (x, _), _ in itertools.islice(stream(), 250))
+    result = {"train_seconds": summarize([timed_training() for _ in range(ROUNDS)], 2)}
+    encoded, streamed = zip(*((per_second(encode), per_second(read)) for _ in range(ROUNDS)), strict=True)
+    for name, figures in (("encode", encoded), ("stream", streamed)):
+        wall, cpu = zip(*figures, strict=True)
+        result[f"{name}_tokens_per_second"] = summarize(wall)
+        result[f"{name}_tokens_per_cpu_second"] = summarize(cpu)
+    return result
+
+
+def bench_loader():
+    """Tokens per second of the step without and with a loader beside it, and how long the step waits for a batch."""
+    stepper, without, beside, waited = Stepper(config_of("small")), [], [], []
+    stream, _, _ = offline_tokens(stepper.config)
     for _ in range(ROUNDS):
-        without.append(rate(stepper, batch_tokens, 6.0))
+        without.append(rate(stepper, stepper.tokens.size, 6.0))
         with train.PrefetchDataLoader(stream()) as loader:
 
             def step():
@@ -175,11 +184,8 @@ def bench_loader():
                 waited.append(time.perf_counter() - start)
                 stepper()
 
-            beside.append(rate(step, batch_tokens, 6.0))
+            beside.append(rate(step, stepper.tokens.size, 6.0))
     return {
-        "stream_tokens_per_second": summarize([wall for wall, _ in alone]),
-        "stream_tokens_per_cpu_second": summarize([cpu for _, cpu in alone]),
-        "tokenizer_alone_per_cpu_second": summarize([cpu for _, cpu in encoder]),
         "step_without_loader": summarize(without), "step_with_loader": summarize(beside),
         "wait_ms_per_step": summarize([1e3 * w for w in waited], 2),
     }  # fmt: skip
@@ -191,10 +197,22 @@ BENCHES = {
 }  # fmt: skip
 
 
+def measure(name):
+    """One part, in a process of its own: how 02 keeps freed memory is for steps, and slows what encodes alone."""
+    done = subprocess.run([sys.executable, __file__, "--in-this-process", name], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
 def main(names):
-    train.common.keep_freed_memory()  # as 02 does
-    environment = {"jax": jax.__version__, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
-    print(json.dumps({**environment, **{name: BENCHES[name]() for name in names or BENCHES}}, indent=2))
+    if names[:1] == ["--in-this-process"]:
+        if names[1] != "tokenizer":
+            train.common.keep_freed_memory()  # as 02 does
+        with contextlib.redirect_stdout(sys.stderr):
+            result = BENCHES[names[1]]()
+    else:
+        result = {"jax": jax.__version__, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
+        result |= {name: measure(name) for name in names or BENCHES}
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
