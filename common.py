@@ -652,7 +652,10 @@ def describe_result(result, config):
         lines[0] += f", held-out loss {result.val_loss:.3f} nats per token"
         lines.append(f"held-out text: {result.val_bpb:.3f} bits per byte, {verdict} gzip -9 with {result.gzip_bpb:.3f}")
     lines += [f"sample: {prompt!r} -> {text!r}" for prompt, text in result.samples]
-    lines.append(f"left in {result.run_dir}: config.json, metrics.jsonl, loss.png, profile/, checkpoints/")
+    names = {
+        "events.*" if p.name.startswith("events.") else p.name + "/" * p.is_dir() for p in result.run_dir.iterdir()
+    }
+    lines.append(f"left in {result.run_dir}: {', '.join(sorted(names))}")
     return "\n".join(lines)
 
 
@@ -835,7 +838,7 @@ def upload_folder(folder: Path, files: list[str], token: str | None, hub_repo: s
     Returns the commit's address, or None with a line that says why nothing was uploaded: no token, or a refusal.
     """
     if not token:
-        say("upload: none, as there is no HF_TOKEN in the environment or in Colab's secrets")
+        say(f"upload: none, as there is no HF_TOKEN in the environment or in Colab's secrets; all is in {folder}")
         return None
     api = load_hub().HfApi(token=token)
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import signal
@@ -484,3 +485,16 @@ def test_a_machine_is_only_given_back_on_colab(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "google.colab", raising=False)
     common.give_back_machine("an address")
     assert capsys.readouterr().out == ""
+
+
+def test_what_is_left_in_a_run_is_what_is_there(tmp_path):
+    """The last line names files and folders as they are, and nothing that this run did not make."""
+    for name in ("profile", "checkpoints", "model"):
+        (tmp_path / name).mkdir()
+    for name in ("config.json", "events.out.tfevents.17", "events.out.tfevents.18"):
+        (tmp_path / name).touch()
+    train = importlib.import_module("02_train")
+    result = types.SimpleNamespace(step=3, val_bpb=None, samples=[("a", "b")], run_dir=tmp_path)
+    lines = common.describe_result(result, train.Config(num_iterations=7)).splitlines()
+    assert lines[0] == "trained: 3 of 7 steps"
+    assert lines[-1] == f"left in {tmp_path}: checkpoints/, config.json, events.*, model/, profile/"
