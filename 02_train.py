@@ -475,13 +475,13 @@ def merge_params(trainable, constants):
 # ### Attention, four times
 #
 # One function, four implementations. `einsum` is the one to read: scores, mask, softmax, sum, for 256 queries at a time
-# (an eighth of a longer context) and the keys that any of them sees: 1.3 times as fast on a CPU as T x T at once. Its
-# weights stay in memory for the gradient, 72 MiB a sequence and layer at the default size. `jax` is JAX's own, as XLA
-# operations on any device. `splash` and `pallas` are TPU kernels that never write that matrix down and skip the blocks
-# that a window masks: JAX's Splash Attention, and this project's own in `kernels.py`, which rotates and norms q and k
-# on the way and takes a step from 709 to 513 ms by the compiler's estimate. All take q (B, T, N, H) and k, v
-# (B, T, K, H) as they come out of their products; query head n reads key/value head n // (N / K). Tests hold them equal
-# in value and gradient.
+# (an eighth of a longer context) and the keys that any of them sees: a CPU's step of 8 layers and 1,024 tokens is 1.3
+# times as fast as with all T x T at once. Its weights stay in memory for the gradient, 72 MiB a sequence and full layer
+# at the default size. `jax` is JAX's own, as XLA operations on any device. `splash` and `pallas` are TPU kernels that
+# never write that matrix down and skip the blocks that a window masks: JAX's Splash Attention, and this project's own
+# in `kernels.py`, which rotates and norms q and k on the way and takes a step from 709 to 513 ms by the compiler's
+# estimate. All take q (B, T, N, H) and k, v (B, T, K, H) as they come out of their products; query head n reads
+# key/value head n // (N / K). Tests hold them equal in value and gradient.
 
 
 # %%
@@ -592,13 +592,14 @@ rms_norm.defvjp(lambda x: (rms_norm(x), x), rms_norm_backward)
 
 
 def rotate_halves(x, cos, sin):
+    """The halves of each head are taken apart: x (B, T, heads, H); cos, sin (T, H) -> float32, the shape of x."""
     (a, b), (c, _), (s, _) = (jnp.split(array, 2, axis=-1) for array in (x.astype(jnp.float32), cos, sin))
     c, s = c[:, None], s[:, None]
     return jnp.concatenate([a * c + b * s, b * c - a * s], axis=-1)
 
 
 def rotate_by_product(x, cos, sin):
-    """The halves change places in a product with a permutation, exact in any dtype."""
+    """The same; the halves change places in a product with a permutation, exact in any dtype."""
     swap = jnp.asarray(np.roll(np.eye(x.shape[-1]), x.shape[-1] // 2, axis=1), x.dtype)
     swapped = jnp.einsum("...h,hg->...g", x, swap, preferred_element_type=jnp.float32, precision="highest")
     return x.astype(jnp.float32) * cos[:, None] + swapped * sin[:, None]
@@ -607,8 +608,8 @@ def rotate_by_product(x, cos, sin):
 def apply_rope(x, cos, sin):
     """Turns channel i of x (B, T, heads, H) against channel i + H / 2, as nanochat does; cos, sin (T, H). float32.
 
-    Half a head is half a TPU register, and slicing it out costs a trip to HBM: there a product is 9 % of a step faster,
-    by estimate and with Splash. On a CPU it is 13 % slower.
+    Half a head is half a TPU register, and slicing it out costs a trip to HBM: by estimate, the product makes a step
+    with Splash 8 % shorter there. On a CPU it made a step up to 19 % longer (LOG 2026-11-20).
     """
     return jax.lax.platform_dependent(x, cos, sin, tpu=rotate_by_product, default=rotate_halves)
 
@@ -653,7 +654,7 @@ def attention_block(layer, x, attend):
     q = jnp.einsum("btd,dnh->btnh", x, layer["c_q"])
     k = jnp.einsum("btd,dkh->btkh", x, layer["c_k"])
     v = jnp.einsum("btd,dkh->btkh", x, layer["c_v"])
-    return jnp.tensordot(attend(q, k, v), layer["c_proj"], 2)  # an einsum sums over (h, n), so copies
+    return jnp.tensordot(attend(q, k, v), layer["c_proj"], 2)  # einsum contracts (h, n), for which a CPU transposes
 
 
 def mlp_block(layer, x):
@@ -1061,7 +1062,7 @@ def preflight(config, topology="", model=GPT):
 
 def look_before(config, topology="", model=GPT):
     """Prints what a step needs, or refuses it. With a topology, or "here" for the attached devices, that is all:
-    the fastest microbatch and the largest batch are looked for as well, and the program ends."""
+    other microbatches and the largest batch are looked for as far as the device is known, and the program ends."""
     where = "" if topology == "here" else topology
     fit, mesh = preflight(config, where, model), chip_mesh(where) if where else make_mesh()
     peak = peak_rate(config, mesh, model)

@@ -242,11 +242,13 @@ def explain_refusal(config, fit, count_params, measure, devices):
     """
     bulk = lambda c: c.device_batch_size * c.seq_len * c.n_layer * c.n_embd
     needs = f"{'at least ' if fit.compiled is None else ''}{fit.peak_bytes / GIB:.3g}"
-    told = f"a step needs {needs} GiB of the {fit.limit_bytes / GIB:.4g} GiB of {fit.where}"
+    there = f"the {fit.limit_bytes / GIB:.4g} GiB of " if fit.limit_bytes else "what there is on "
+    told = f"a step needs {needs} GiB of {there}{fit.where}"
     nearest = "no smaller batch or model of this shape fits"
     for smaller in smaller_configs(config, devices):
         resident = 12 * count_params(smaller)
-        if resident + fit.parts["activations"] * bulk(smaller) / bulk(config) < fit.limit_bytes:
+        scaled = fit.parts["activations"] * bulk(smaller) / bulk(config)
+        if fit.limit_bytes is None or resident + scaled < fit.limit_bytes:
             if (found := measure(smaller)).fits:
                 names = [f.name for f in dataclasses.fields(config)]
                 new = {n: getattr(smaller, n) for n in names if getattr(smaller, n) != getattr(config, n)}
@@ -292,7 +294,10 @@ def compare_microbatches(config, fit, devices, measure):
 
 
 def find_largest_batch(config, fit, devices, measure):
-    """The most sequences a device can take at a time, without accumulation, by bisection over real programs."""
+    """The most sequences a device can take at a time, without accumulation, by bisection over real programs.
+
+    fit: that of config, with a limit_bytes; measure(config) -> Fit of another.
+    """
 
     def peak_of(rows):
         found = measure(dataclasses.replace(config, device_batch_size=rows, total_batch_size=rows * devices))
@@ -302,7 +307,10 @@ def find_largest_batch(config, fit, devices, measure):
 
 
 def look_further(config, fit, devices, measure, peak_rate):
-    """Yields lines: other microbatches, if there is an estimate of time; the largest batch, if there is a limit."""
+    """Yields lines: other microbatches, if there is an estimate of time; the largest batch, if there is a limit.
+
+    fit, measure: as in compare_microbatches; peak_rate: tokens/s at the devices' peak FLOPS, for MFU, or None.
+    """
     if fit.step_seconds:
         seconds = {}
         for rows, other in compare_microbatches(config, fit, devices, measure):
@@ -312,3 +320,5 @@ def look_further(config, fit, devices, measure, peak_rate):
     if fit.limit_bytes:
         largest = find_largest_batch(config, fit, devices, measure)
         yield f"  largest device_batch_size: {largest}, without accumulation"
+    else:
+        yield f"  largest device_batch_size: unknown, as the memory of {fit.where} is"

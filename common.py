@@ -507,10 +507,11 @@ def progress_bar(**options):
 
     live = in_notebook() or sys.stderr.isatty()
     pace = {"mininterval": 1.0 if live else 60.0, "maxinterval": 60.0}  # a log file keeps every bar, one a minute
-    # A plain bar in a notebook is one line only where other text goes to the same stream.
+    # A plain bar in a notebook is one line only where other text goes to the same stream, and where the next trial of
+    # a sweep, which runs in a thread, finds none of the last.
     stream = sys.stdout if in_notebook() else sys.stderr
-    alone = threading.current_thread() is threading.main_thread()  # a sweep's trials run in threads, one after another
-    return tqdm(file=stream, leave=alone, dynamic_ncols=True, **pace, **options)
+    leave = not in_notebook() or threading.current_thread() is threading.main_thread()
+    return tqdm(file=stream, leave=leave, dynamic_ncols=True, **pace, **options)
 
 
 def show_picture(path):

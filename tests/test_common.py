@@ -488,7 +488,7 @@ def test_a_machine_is_only_given_back_on_colab(monkeypatch, capsys):
 
 
 def test_what_is_left_in_a_run_is_what_is_there(tmp_path):
-    """The last line names files and folders as they are, and nothing that this run did not make."""
+    """The last line names files and folders as they are, of this start or an earlier one; event files once."""
     for name in ("profile", "checkpoints", "model"):
         (tmp_path / name).mkdir()
     for name in ("config.json", "events.out.tfevents.17", "events.out.tfevents.18"):

@@ -191,7 +191,7 @@ def quick_compiler():
 
 @pytest.fixture
 def full_compiler(quick_compiler):
-    """The compiler as it is, for programs that are looked at and not run."""
+    """The compiler as it is, for programs that are looked at, or held to a bound."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -236,12 +236,20 @@ def attend_by(impl, length, channels, window):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rotate", ["rotate_halves", "rotate_by_product"])
 def test_both_rotations_are_the_reference(rotate, dtype):
-    """A TPU takes the one, any other device the other: the same angles, and the sum is in float32."""
+    """The same angles, and the sum is in float32."""
     shape = train.Config(n_head=2, head_dim=10, aspect_ratio=20, seq_len=7, attn_impl="einsum", rope_base=BASE)
     x = jnp.asarray(np.random.default_rng(8).normal(size=(2, 7, 3, 10)), dtype)
     out = getattr(train, rotate)(x, *train.rope_tables(shape))
     assert out.dtype == jnp.float32
     assert distance(out, rope_reference(np.float64(x), BASE)) < 3e-7
+
+
+def test_a_tpu_rotates_by_a_product_and_no_other_device():
+    """By the programs that are lowered for each, which needs neither."""
+    shape = train.Config(n_head=2, head_dim=10, aspect_ratio=20, seq_len=7, attn_impl="einsum")
+    traced = jax.jit(train.apply_rope).trace(jnp.ones((2, 7, 3, 10)), *train.rope_tables(shape))
+    text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu", "cuda")}
+    assert ["dot_general" in text[platform] for platform in ("tpu", "cpu", "cuda")] == [True, False, False]
 
 
 def test_attention_reference_gradients_match_finite_differences():
@@ -309,6 +317,11 @@ def test_a_key_is_seen_from_its_own_position_for_window_queries_and_by_no_other(
         assert np.flatnonzero(changed).tolist() == list(range(t, min(length, t + window)))
 
 
+def relative_rms(a, reference):
+    """Root mean square of the difference, as a share of the reference's."""
+    return np.sqrt(np.mean((np.float64(a) - reference) ** 2) / np.mean(np.float64(reference) ** 2))
+
+
 def test_attention_in_bfloat16_takes_its_softmax_in_float32():
     """Scores rounded to bfloat16 before the softmax lose 3 more bits: the error stays near that of the inputs' type."""
     (q, k, v, _), window = attention_case("einsum", "GQA", 5)
@@ -317,13 +330,7 @@ def test_attention_in_bfloat16_takes_its_softmax_in_float32():
     for impl in ("einsum", "jax"):
         out = getattr(train, f"attention_{impl}")(q, k, v, window)
         assert out.dtype == jnp.bfloat16
-        error = np.sqrt(np.mean((np.float64(out) - want) ** 2)) / np.sqrt(np.mean(want**2))
-        assert error < 2.5e-3, (impl, error)
-
-
-def relative_rms(a, reference):
-    """Root mean square of the difference, as a share of the reference's."""
-    return np.sqrt(np.mean((np.float64(a) - reference) ** 2) / np.mean(np.float64(reference) ** 2))
+        assert relative_rms(out, want) < 2.5e-3, impl
 
 
 @pytest.mark.parametrize("impl", ["einsum", "jax", "splash", "pallas"])
