@@ -1,5 +1,6 @@
 """Every test: no network beyond loopback, no file in the user's home, the repository's modules importable."""
 
+import collections
 import os
 import sys
 import tempfile
@@ -25,6 +26,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHILD), os.environ.
 import offline  # noqa: E402, F401  (this process too)
 
 import common  # noqa: E402, F401  (before jax: it keeps a libtpu that has no TPU quiet)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests go first: at the end one process would be alone with them."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="module")
