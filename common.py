@@ -75,6 +75,9 @@ def quiet_jax():
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_LOG_DIR", "disabled")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        # What it would ask the cloud for; a program is compiled for the topology that is named, whatever stands here.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         if not any(map(os.path.exists, GPU_FILES)):
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
             if "jax" in sys.modules:  # it has read the variable already

@@ -275,6 +275,17 @@ def needs_libtpu():
     pytest.importorskip("libtpu", reason="compiling for v6e needs libtpu: jax[tpu]")
 
 
+def test_a_compiler_without_a_chip_is_quiet():
+    """libtpu asks for the type of the TPU and its hosts, and complains at length where nobody says."""
+    needs_libtpu()
+    code = 'import importlib; train = importlib.import_module("02_train"); print(train.chip_mesh("v5e:2x4").size)'
+    quiet = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
+
+
 @pytest.fixture(scope="module")
 def on_v6e():
     needs_libtpu()

@@ -417,11 +417,14 @@ def test_a_tpu_is_known_by_its_pci_id(tmp_path, monkeypatch, vendor, device, fou
     assert common.has_tpu() is found
 
 
-NOTED = ("TPU_SKIP_MDS_QUERY", "TPU_LOG_DIR", "ALLOW_MULTIPLE_LIBTPU_LOAD", "JAX_PLATFORMS")
+NOTED = (
+    "TPU_SKIP_MDS_QUERY", "TPU_LOG_DIR", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES",
+    "JAX_PLATFORMS",
+)  # fmt: skip
 
 
 def run_quiet_jax(monkeypatch, tpu, gpu, **given):
-    """The four variables after quiet_jax() on a machine with these devices; jax's own configuration is kept."""
+    """The six variables after quiet_jax() on a machine with these devices; jax's own configuration is kept."""
     for name in NOTED:
         monkeypatch.setenv(name, "x")  # so that what is set below is undone
         monkeypatch.delenv(name)
@@ -439,7 +442,7 @@ def run_quiet_jax(monkeypatch, tpu, gpu, **given):
 def test_quiet_jax_sends_jax_to_the_cpu_where_there_is_nothing_else(monkeypatch):
     """Without TPU and GPU, libtpu is kept quiet, and a jax that is imported already is told as well."""
     found, updates = run_quiet_jax(monkeypatch, tpu=False, gpu=False)
-    assert found == dict(zip(NOTED, ("1", "disabled", "1", "cpu"), strict=True))
+    assert found == dict(zip(NOTED, ("1", "disabled", "1", "v6e-1", "localhost", "cpu"), strict=True))
     assert updates == [("jax_platforms", "cpu")]
 
 
