@@ -558,10 +558,10 @@ def test_models_are_compared_where_asked_or_on_a_tpu(monkeypatch):
 
 @pytest.mark.slow
 def test_a_v6e_program_holds_the_logits_of_one_slice_only():
-    """Two layers at full width and context compile for a v6e with their kernels; of 4,096 logits, 1,024 exist."""
+    """A layer at full width and context compiles for a v6e with its kernels; of 4,096 logits, 1,024 exist."""
     pytest.importorskip("libtpu", reason="compiling for v6e needs libtpu: jax[tpu]")
     jax.config.update("jax_disable_most_optimizations", False)
-    config = maxtext.Config(n_layer=2, total_batch_size=8)
+    config = maxtext.Config(n_layer=1, total_batch_size=4)
     compiled = train.compile_for_chip(config, model=maxtext.SWIGLU)
     text = compiled.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2 * config.n_layer
