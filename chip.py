@@ -318,6 +318,7 @@ def look_further(config, fit, devices, measure, peak_rate):
             yield f"  device_batch_size {rows:2}: {describe_time(config, other, peak_rate)}"
         yield f"  fastest by estimate: --device_batch_size {min(seconds, key=seconds.get)}"
     if fit.limit_bytes:
+        yield "  looking for the largest device_batch_size: a handful of programs, the largest of minutes each"
         largest = find_largest_batch(config, fit, devices, measure)
         yield f"  largest device_batch_size: {largest}, without accumulation"
     else:
