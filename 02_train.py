@@ -993,8 +993,14 @@ def check_mesh(config, mesh):
 
 # %%
 def chip_mesh(topology):
-    """A mesh over the devices of a TPU topology such as "v6e:1x1" or "v5e:2x4", none of which need be attached."""
+    """A mesh over the devices of a TPU topology such as "v6e:1x1" or "v5e:2x4", none of which need be attached.
+
+    Over those that are attached where the topology is empty.
+    """
     from jax.experimental import topologies
+
+    if not topology:
+        return make_mesh()
 
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
@@ -1051,7 +1057,7 @@ def measure_fit(config, mesh, model=GPT):
 
 def preflight(config, topology="", model=GPT):
     """The chip.Fit of a config on a TPU topology, or on the devices attached here; DoesNotFit if it does not."""
-    mesh = chip_mesh(topology) if topology else make_mesh()
+    mesh = chip_mesh(topology)
     fit = measure_fit(config, mesh, model)
     if not fit.fits:
         count = lambda config: count_params(config, model)["total"]
@@ -1064,7 +1070,7 @@ def look_before(config, topology="", model=GPT):
     """Prints what a step needs, or refuses it. With a topology, or "here" for the attached devices, that is all:
     other microbatches and the largest batch are looked for as far as the device is known, and the program ends."""
     where = "" if topology == "here" else topology
-    fit, mesh = preflight(config, where, model), chip_mesh(where) if where else make_mesh()
+    fit, mesh = preflight(config, where, model), chip_mesh(where)
     peak = peak_rate(config, mesh, model)
     print(chip.describe_fit(config, fit, peak))
     if topology:
@@ -1174,7 +1180,9 @@ def generate(config, params, prompt, max_new_tokens, temperature=0.0, top_k=0, s
 # at the default size. The one pause is the copy from the device; a thread writes, syncs and hashes.
 #
 # It is always the state from before what falls due at its step, an evaluation say: whoever goes on from there makes
-# that first. So the files of a run that was killed and resumed are those of a run that was not.
+# that first. So the files of a run that was killed and resumed are those of a run that was not. A run may go on with
+# another learning rate, batch per device or machine, and says so. It may not go on with another model or other batches:
+# the config's `fixed` fields are refused, with both values.
 
 
 # %% cellView="form"
@@ -1218,32 +1226,6 @@ def load_checkpoint(path, config, mesh, model=GPT):
     state = common.unflatten(template, arrays)
     stream = {**notes.pop("stream"), **load_file(path / "stream.safetensors")}
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec())), stream, notes
-
-
-# %% [markdown]
-# A run may go on with another learning rate, batch per device or machine, and says so. It may not go on with another
-# model or other batches: the config's `fixed` fields are refused, with both values.
-
-
-# %% cellView="form"
-# @title What may change when a run goes on, and what may not
-def fixed_fields(config_class):
-    """Names of the fields that a run keeps from its first step to its last."""
-    return [field.name for field in dataclasses.fields(config_class) if field.metadata["fixed"]]
-
-
-def compare_with_checkpoint(path, config, made_from):
-    """Says what is not as it was when the checkpoint was written; UserError for a field that may not change."""
-    made_before = json.loads((Path(path) / "state.json").read_text())["made_from"]
-    before, now = json.loads((Path(path) / "config.json").read_text()), dataclasses.asdict(config)
-    fixed = fixed_fields(config)
-    for name in (name for name in now if now[name] != before.get(name)):
-        remedy = f"{path} was made with {before.get(name)!r}; set that, or another name for a new run"
-        require(name not in fixed, name, now[name], remedy)
-        say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
-    for name, value in made_from.items():
-        if value != made_before.get(name):
-            say(f"changed: {name} is {value}, was {made_before.get(name)} up to here")
 
 
 # %% [markdown]
@@ -1392,7 +1374,7 @@ class Trainer:
         if self.mirror:
             self.mirror.restore(checkpoints)
         if path := common.newest_checkpoint(checkpoints):
-            compare_with_checkpoint(path, self.config, origin)  # first: it names the field, not an array's shape
+            common.compare_with_checkpoint(path, self.config, origin)  # first: it names the field, not an array's shape
             self.state, self.stream, notes = load_checkpoint(path, self.config, self.mesh, self.model)
             self.notes = {**notes, "remember": self.notes["remember"] or notes["remember"]}
             rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

@@ -255,7 +255,7 @@ def side_by_side(fits):
 
 def compare_models(topology=""):
     """Both models as designed, compiled for a TPU topology or, where that is empty, for the attached device: text."""
-    mesh = train.chip_mesh(topology) if topology else train.make_mesh()
+    mesh = train.chip_mesh(topology)
     models = {"02_train": (train.Config(), train.GPT), "04_maxtext": (Config(), SWIGLU)}
     fits = {
         name: (config, model, train.measure_fit(config, mesh, model), train.peak_rate(config, mesh, model))

@@ -951,6 +951,25 @@ def clear_leftovers(folder):
             shutil.rmtree(left, ignore_errors=True)
 
 
+def fixed_fields(config_class):
+    """Names of the fields that a run keeps from its first step to its last."""
+    return [field.name for field in dataclasses.fields(config_class) if field.metadata["fixed"]]
+
+
+def compare_with_checkpoint(path, config, made_from):
+    """Says what is not as it was when the checkpoint was written; UserError for a field that may not change."""
+    made_before = json.loads((Path(path) / "state.json").read_text())["made_from"]
+    before, now = json.loads((Path(path) / "config.json").read_text()), dataclasses.asdict(config)
+    fixed = fixed_fields(config)
+    for name in (name for name in now if now[name] != before.get(name)):
+        remedy = f"{path} was made with {before.get(name)!r}; set that, or another name for a new run"
+        require(name not in fixed, name, now[name], remedy)
+        say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
+    for name, value in made_from.items():
+        if value != made_before.get(name):
+            say(f"changed: {name} is {value}, was {made_before.get(name)} up to here")
+
+
 class CheckpointWriter:
     """Writes the checkpoints of one run in a thread, and keeps the last `keep` and the best.
 

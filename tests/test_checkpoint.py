@@ -769,7 +769,7 @@ def test_a_change_of_model_or_data_is_refused(corpus, tokenizer, five_steps, qui
     quick.setattr(train, "check_tokenizer", lambda *args: None)
     drawn = train.init_state(tiny(), train.make_mesh())
     quick.setattr(train, "init_state", lambda *args: drawn)  # nothing to compile for each
-    assert set(train.fixed_fields(train.Config)) == set(OTHER)
+    assert set(common.fixed_fields(train.Config)) == set(OTHER)
     for field, value in OTHER.items():
         with pytest.raises(UserError) as raised:
             run(corpus, tokenizer, five_steps, num_iterations=5, **{field: value})
