@@ -75,8 +75,9 @@ def quiet_jax():
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_LOG_DIR", "disabled")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        # What it would ask the cloud for; a program is compiled for the topology that is named, whatever stands here.
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-1")
+        # What it would ask the cloud for. A program is compiled for the topology that is named, whatever stands here,
+        # but libtpu 0.0.23 (jax 0.7.2) aborts in cost_analysis() if this is a v6e or a v4.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         if not any(map(os.path.exists, GPU_FILES)):
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
