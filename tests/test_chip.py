@@ -204,17 +204,8 @@ def test_the_largest_batch_of_a_real_step(quick_compiler):
 
 def test_the_preflight_of_a_machine_comes_before_any_data(tmp_path):
     """A config for which no laptop is enough is refused in one line, and no shard, tokenizer or run was made before."""
-    command = [
-        sys.executable,
-        str(ROOT / "02_train.py"),
-        "--preset",
-        "chip",
-        "--attn_impl",
-        "einsum",
-        "--aspect_ratio",
-        "512",
-    ]
-    command += ["--seq_len", "16384", "--data", "offline"]
+    flags = "--preset chip --attn_impl einsum --aspect_ratio 512 --seq_len 16384 --device_batch_size 8 --data offline"
+    command = [sys.executable, str(ROOT / "02_train.py"), *flags.split()]
     environment = os.environ | {"ONECHIP_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1

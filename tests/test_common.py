@@ -442,7 +442,7 @@ def run_quiet_jax(monkeypatch, tpu, gpu, **given):
 def test_quiet_jax_sends_jax_to_the_cpu_where_there_is_nothing_else(monkeypatch):
     """Without TPU and GPU, libtpu is kept quiet, and a jax that is imported already is told as well."""
     found, updates = run_quiet_jax(monkeypatch, tpu=False, gpu=False)
-    assert found == dict(zip(NOTED, ("1", "disabled", "1", "v6e-1", "localhost", "cpu"), strict=True))
+    assert found == dict(zip(NOTED, ("1", "disabled", "1", "v5litepod-1", "localhost", "cpu"), strict=True))
     assert updates == [("jax_platforms", "cpu")]
 
 
