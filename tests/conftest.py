@@ -21,6 +21,10 @@ for name in list(os.environ):
     if name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY") or name.lower().endswith("_proxy"):
         del os.environ[name]
 
+# Where a container forbids it, every process that is started here would compile its imports anew: 4 s of a worker's.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHILD), os.environ.get("PYTHONPATH")]))
 
 import offline  # noqa: E402, F401  (this process too)
