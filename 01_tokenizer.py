@@ -66,12 +66,13 @@ def open_notebook(repository, ref):
                 raise RuntimeError(f"cannot fetch {ref!r} of {repository}: {git.stderr.strip().partition(chr(10))[0]}")
     sys.path.insert(0, str((folders or [clone])[0]))
     if on_colab:
-        if missing := [name for name in ("tensorboard", "xprof", "wandb", "sweeps") if find_spec(name) is None]:
-            # Each installed version is a constraint, so that pip adds packages and replaces none.
-            installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
-            pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]
-            if subprocess.run(pip, input=installed, text=True).returncode:
-                print(f"Going on without {', '.join(missing)}: pip could not install them beside what is here.")
+        for names in (("tiktoken",), ("tensorboard", "xprof", "wandb", "sweeps")):  # first what 01 cannot do without
+            if missing := [name for name in names if find_spec(name) is None]:
+                # Each installed version is a constraint, so that pip adds packages and replaces none.
+                installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
+                pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]
+                if subprocess.run(pip, input=installed, text=True).returncode:
+                    print(f"Going on without {', '.join(missing)}: pip could not install them beside what is here.")
         import common  # noqa: F401  (before jax: it keeps a libtpu that has no TPU quiet)
 
         # isort: split
@@ -98,6 +99,7 @@ import ast
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -115,6 +117,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import common
@@ -560,6 +563,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     size = tokenizer.get_vocab_size()
     if sorted(tokenizer.get_vocab().values()) != list(range(size)):
         raise UserError(f"{path}: its ids are not 0 to {size - 1}; delete it and run 01_tokenizer")
+    try:
+        fast_encoder(tokenizer)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: does not cut text into bytes as ours do; delete it and run 01_tokenizer") from None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -611,16 +618,31 @@ def tokenizer_folder(corpus: Corpus, vocab_size: int) -> Path:
 
 
 # %% [markdown]
-# Encoding is the part that must keep up with the chip. `encode_batch_fast` works on all cores and leaves out the
-# offsets into the text, which nothing here needs: 1.2 million tokens per second and core, where a v6e trains on some
-# 0.4 million.
-
+# Encoding is the part that must keep up with the chip, and `tokenizers` spends 45 of 100 samples of it in its regular
+# expressions. nanochat's way out is `tiktoken`, which cuts and merges alike from the same table: 2.5 times as many ids
+# per CPU second, equal to the last one (a test compares). It only encodes, so training, decoding and the file stay
+# with `tokenizers`, and so do texts above 100,000 characters: a million spaces in a row overflow `tiktoken`'s stack,
+# and 100,000 of them take its version 0.9 three seconds.
 
 # %%
+LONG_TEXT = 100_000  # characters
+
+
+@functools.lru_cache(maxsize=4)
+def fast_encoder(tokenizer: Tokenizer) -> tiktoken.Encoding:
+    """tiktoken's encoder for the vocabulary and pattern of a tokenizer; made once, in 5 ms for 8,192 tokens."""
+    steps = json.loads(tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
+    (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
+    ranks = {raw: i for i, raw in enumerate(token_byte_strings(tokenizer)) if raw}
+    return tiktoken.Encoding("onechip", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
 def encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, <|bos|> first."""
-    bos = tokenizer.token_to_id("<|bos|>")
-    return [[bos, *encoding.ids] for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    """Token ids of each text, <|bos|> first; on all cores."""
+    bos, short = tokenizer.token_to_id("<|bos|>"), [text for text in texts if len(text) <= LONG_TEXT]
+    fast = iter(fast_encoder(tokenizer).encode_ordinary_batch(short, num_threads=os.cpu_count()))
+    slow = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return [[bos, *(next(fast) if len(text) <= LONG_TEXT else slow(text))] for text in texts]
 
 
 # %% [markdown]
@@ -746,8 +768,8 @@ def held_out_samples(corpus: Corpus, max_documents: int = 1_000) -> dict[str, tu
 # Compared with what? A byte is a token where there is no tokenizer: 1.0. Two more of our own vocabulary size are
 # trained on the same text, one with GPT-2's pattern, one that cuts at white space only, so that the pattern is all that
 # differs. The shortest output is not the aim by itself: white space alone wins on code, as `self.name` becomes one
-# token, and pays with a vocabulary full of such compounds. Where `tiktoken` is installed and can load its tables, GPT-2
-# and GPT-4 are shown as well, at 50,257 and 100,277 tokens: larger vocabularies, which buy part of their lead.
+# token, and pays with a vocabulary full of such compounds. Where `tiktoken` can load its tables, GPT-2 and GPT-4 are
+# shown as well, at 50,257 and 100,277 tokens: larger vocabularies, which buy part of their lead.
 
 
 # %% cellView="form"
@@ -772,11 +794,6 @@ def train_baselines(corpus: Corpus, vocab_size: int, max_train_chars: int) -> di
 
 def load_tiktoken(timeout: float = 30.0) -> dict:
     """name -> token counter of GPT-2 and GPT-4; empty, with a line that says why, where they cannot be had."""
-    try:
-        import tiktoken
-    except ImportError:
-        say("tiktoken is not installed: GPT-2 and GPT-4 are not shown")
-        return {}
     loaded = {}
 
     def load():

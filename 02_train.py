@@ -63,12 +63,13 @@ def open_notebook(repository, ref):
                 raise RuntimeError(f"cannot fetch {ref!r} of {repository}: {git.stderr.strip().partition(chr(10))[0]}")
     sys.path.insert(0, str((folders or [clone])[0]))
     if on_colab:
-        if missing := [name for name in ("tensorboard", "xprof", "wandb", "sweeps") if find_spec(name) is None]:
-            # Each installed version is a constraint, so that pip adds packages and replaces none.
-            installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
-            pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]
-            if subprocess.run(pip, input=installed, text=True).returncode:
-                print(f"Going on without {', '.join(missing)}: pip could not install them beside what is here.")
+        for names in (("tiktoken",), ("tensorboard", "xprof", "wandb", "sweeps")):  # first what 01 cannot do without
+            if missing := [name for name in names if find_spec(name) is None]:
+                # Each installed version is a constraint, so that pip adds packages and replaces none.
+                installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
+                pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]
+                if subprocess.run(pip, input=installed, text=True).returncode:
+                    print(f"Going on without {', '.join(missing)}: pip could not install them beside what is here.")
         import common  # noqa: F401  (before jax: it keeps a libtpu that has no TPU quiet)
 
         # isort: split
@@ -288,7 +289,7 @@ def token_stream(tokenizer, paths, batch_tokens, state=None, docs_per_call=32):
     """Yields (tokens, state): int32 (batch_tokens + 1,), whose last token opens the next batch, and the state after it.
 
     The state is {"epoch", "shard", "row_group", "document": ints, "tokens": int32 array of tokens left over}.
-    32 documents a call keep the tokenizer's two threads busy and hold the GIL for about 3 ms at a time.
+    32 documents a call are enough for the encoder's threads, and few enough to have tokens early.
     """
     state = state or {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "tokens": np.zeros(0, np.int32)}
     epoch, position = state["epoch"], (state["shard"], state["row_group"], state["document"])

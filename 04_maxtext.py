@@ -63,12 +63,13 @@ def open_notebook(repository, ref):
                 raise RuntimeError(f"cannot fetch {ref!r} of {repository}: {git.stderr.strip().partition(chr(10))[0]}")
     sys.path.insert(0, str((folders or [clone])[0]))
     if on_colab:
-        if missing := [name for name in ("tensorboard", "xprof", "wandb", "sweeps") if find_spec(name) is None]:
-            # Each installed version is a constraint, so that pip adds packages and replaces none.
-            installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
-            pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]
-            if subprocess.run(pip, input=installed, text=True).returncode:
-                print(f"Going on without {', '.join(missing)}: pip could not install them beside what is here.")
+        for names in (("tiktoken",), ("tensorboard", "xprof", "wandb", "sweeps")):  # first what 01 cannot do without
+            if missing := [name for name in names if find_spec(name) is None]:
+                # Each installed version is a constraint, so that pip adds packages and replaces none.
+                installed = "\n".join(f"{d.name}==={d.version}" for d in importlib.metadata.distributions())
+                pip = [sys.executable, "-m", "pip", "install", "-q", "-c", "/dev/stdin", *missing]
+                if subprocess.run(pip, input=installed, text=True).returncode:
+                    print(f"Going on without {', '.join(missing)}: pip could not install them beside what is here.")
         import common  # noqa: F401  (before jax: it keeps a libtpu that has no TPU quiet)
 
         # isort: split

@@ -230,6 +230,28 @@ def test_round_trip_over_any_unicode(tokenizer):
         assert tokenizer.decode(ids[1:], skip_special_tokens=False) == text
 
 
+def test_the_fast_encoder_gives_the_tokenizers_own_ids(tokenizer, corpus):
+    """tiktoken and tokenizers agree: on code, on every character among letters, digits and dots, on runs, on noise."""
+    surroundings = (f"a{c}b 1{c}2 .{c}. {c}'{c}  {c}\n" for c in map(chr, range(0x3000)))
+    rng, parts = (
+        random.Random(3),
+        [" ", "  ", "\n", "\r\n", "\t", "a", "aa", "ab", "ba", "ſ", "K", "'S", "'ll", "12", "٣"],
+    )
+    parts += ["中", "!", "..", "\u00a0", "\u2003", "\u0301", "😀", "\u200d", "<|bos|>"]
+    noise = ("".join(rng.choices(parts, k=rng.randrange(1, 30))) for _ in range(5_000))
+    runs = (c * n for c in " a\n\t1é" for n in (999, 30_000))
+    texts = [*(text for _, text in tok.read_documents(corpus.val)), *surroundings, *noise, *runs]
+    for text, ids in zip(texts, tok.encode_batch(tokenizer, texts), strict=True):
+        assert ids[1:] == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_very_long_text_is_encoded_too(tokenizer):
+    """A million spaces overflow tiktoken's stack; among short texts, each keeps its place."""
+    texts = ["a", "b" + " " * 1_200_000, "c", " " * tok.LONG_TEXT, " " * (tok.LONG_TEXT + 1)]
+    for text, ids in zip(texts, tok.encode_batch(tokenizer, texts), strict=True):
+        assert tokenizer.decode(ids[1:], skip_special_tokens=False) == text
+
+
 def test_special_tokens_never_come_from_text(tokenizer, tmp_path):
     """A document that spells out special tokens holds no special id but its own leading BOS, also after loading."""
     tok.save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
@@ -427,13 +449,15 @@ def test_bad_vocabularies_are_refused():
 
 
 def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
-    """Missing, cut short, of another kind, or without special tokens: one line that names the file."""
+    """Missing, cut short, of another kind, without special tokens or bytes: one line that names the file."""
     path = tmp_path / "tokenizer.json"
     whole = tokenizer.to_str()
     other = whole.replace("<|bos|>", "<|endoftext|>")
     gap = whole.replace(":999}", ":5000}")  # the last id
     assert gap != whole
-    for content in (None, "", whole[:5000], '{"a": 1}', other, gap):
+    parsed = json.loads(whole)
+    words = json.dumps(parsed | {"pre_tokenizer": {"type": "Whitespace"}})
+    for content in (None, "", whole[:5000], '{"a": 1}', other, gap, words):
         if content is not None:
             path.write_text(content)
         with pytest.raises(common.UserError) as error:
@@ -509,7 +533,7 @@ def test_tiktoken_where_it_can_be_had(monkeypatch, capsys):
             return [list(text) for text in texts]
 
     fake = types.SimpleNamespace(get_encoding=lambda name: Encoding())
-    monkeypatch.setitem(sys.modules, "tiktoken", fake)
+    monkeypatch.setattr(tok, "tiktoken", fake)
     assert [count(["ab", "c"]) for count in tok.load_tiktoken().values()] == [3, 3]
     assert capsys.readouterr().out == ""
 
@@ -520,8 +544,6 @@ def test_tiktoken_where_it_can_be_had(monkeypatch, capsys):
         fake.get_encoding = broken
         assert tok.load_tiktoken(timeout) == {}
         assert len(capsys.readouterr().out.splitlines()) == 1
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    assert tok.load_tiktoken() == {} and len(capsys.readouterr().out.splitlines()) == 1
 
 
 # ---- the Hub
