@@ -91,8 +91,8 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
 # ## Setup
 #
 # No JAX here: tokenizing is the CPU's work, so this notebook never takes hold of the chip (one process owns it, and
-# that is 02's). The heavy lifting is done by two Rust and C++ libraries, `tokenizers` and `pyarrow`; the Python around
-# them only streams, and must stay above a million tokens a second for the chip not to wait.
+# that is 02's). The heavy lifting is done by libraries in Rust and C++, `tokenizers`, `tiktoken` and `pyarrow`; the
+# Python around them only streams, and must stay above a million tokens a second for the chip not to wait.
 
 # %%
 import ast
