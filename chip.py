@@ -258,25 +258,31 @@ def explain_refusal(config, fit, count_params, measure, devices):
     return f"device_batch_size={config.device_batch_size}: {told}; {nearest}"
 
 
+def aim(known, limit):
+    """Rows at which the line through the two largest of known {rows: bytes} meets the limit; None if it does not."""
+    (r1, p1), (r2, p2) = sorted(known.items())[-2:] if len(known) > 1 else ((0, 0), (0, 0))
+    return r2 + int((limit - p2) * (r2 - r1) / (p2 - p1)) if p2 > p1 else None
+
+
 def largest_that_fits(peak_of, limit, start):
     """The most rows whose program fits, 0 if not even one row does. peak_of(rows): its bytes, or None if refused.
 
     Bisection, aimed: memory grows by nearly the same for each row, so the line through the last two programs that fit
-    names the next guess, and four or five programs do instead of seven.
+    names the next guess. Near the limit the compiler trades memory for time and the line is flat, or falls: a guess
+    is at most 64 or twice what fits, and one that was refused is followed by two thirds of the way, not by half, as
+    refusing takes the compiler a sixth of the time of finishing.
     """
     known, low, high, rows = {}, 0, None, start
     while high is None or high - low > 1:
         peak = peak_of(rows)
-        if peak is not None and peak <= limit:
+        if fits := peak is not None and peak <= limit:
             known[rows], low = peak, rows
         else:
             high = rows
-        if len(known) > 1:
-            (r1, p1), (r2, p2) = sorted(known.items())[-2:]
-            rows = low + int((limit - p2) * (r2 - r1) / max(p2 - p1, 1))
-        else:
-            rows = 2 * low if high is None else (low + high) // 2
-        rows = max(rows, low + 1) if high is None else min(max(rows, low + 1), high - 1)
+        between = low + 2 * (high - low) // 3 if high else 2 * low
+        rows = (fits and aim(known, limit)) or between
+        most = high - 1 if high else max(64, 2 * low)
+        rows = min(max(rows, low + 1), most)
     return low
 
 
@@ -293,17 +299,17 @@ def compare_microbatches(config, fit, devices, measure):
                 yield rows, found
 
 
-def find_largest_batch(config, fit, devices, measure):
+def find_largest_batch(config, fit, devices, measure, start):
     """The most sequences a device can take at a time, without accumulation, by bisection over real programs.
 
-    fit: that of config, with a limit_bytes; measure(config) -> Fit of another.
+    fit: that of config, with a limit_bytes; measure(config) -> Fit of another; start: the first guess.
     """
 
     def peak_of(rows):
         found = measure(dataclasses.replace(config, device_batch_size=rows, total_batch_size=rows * devices))
         return found.peak_bytes if found.fits else None
 
-    return largest_that_fits(peak_of, fit.limit_bytes, config.device_batch_size)
+    return largest_that_fits(peak_of, fit.limit_bytes, start)
 
 
 def look_further(config, fit, devices, measure, peak_rate):
@@ -311,15 +317,16 @@ def look_further(config, fit, devices, measure, peak_rate):
 
     fit, measure: as in compare_microbatches; peak_rate: tokens/s at the devices' peak FLOPS, for MFU, or None.
     """
+    seconds, peaks = {}, {}
     if fit.step_seconds:
-        seconds = {}
         for rows, other in compare_microbatches(config, fit, devices, measure):
-            seconds[rows] = other.step_seconds
+            seconds[rows], peaks[rows] = other.step_seconds, other.peak_bytes
             yield f"  device_batch_size {rows:2}: {describe_time(config, other, peak_rate)}"
         yield f"  fastest by estimate: --device_batch_size {min(seconds, key=seconds.get)}"
     if fit.limit_bytes:
-        yield "  looking for the largest device_batch_size: a handful of programs, the largest of minutes each"
-        largest = find_largest_batch(config, fit, devices, measure)
+        yield "  looking for the largest device_batch_size: some ten programs, those that fit take as long as the first"
+        start = aim(peaks, fit.limit_bytes) or config.device_batch_size
+        largest = find_largest_batch(config, fit, devices, measure, start)
         yield f"  largest device_batch_size: {largest}, without accumulation"
     else:
         yield f"  largest device_batch_size: unknown, as the memory of {fit.where} is"

@@ -146,6 +146,23 @@ def test_the_largest_batch_is_found_in_a_few_programs(fixed, row, limit, start, 
     assert abs(found - want) <= 1 and len(asked) == len(set(asked)) <= 6
 
 
+@pytest.mark.parametrize("start", [4, 37, 40, 200])
+@pytest.mark.parametrize("slope", [-1, 0, 1])
+def test_the_largest_batch_is_found_where_memory_is_flat(start, slope):
+    """As compiled for a v6e: up to 37 rows a line, then the compiler makes do with what there is, to the 78th."""
+    asked = []
+
+    def peak_of(rows):
+        asked.append(rows)
+        if rows > 78:
+            return None
+        return 3_800 + 740 * rows if rows < 37 else 31_200 + slope * (rows - 37)
+
+    assert chip.largest_that_fits(peak_of, 33_554, start) == 78
+    assert len(asked) == len(set(asked)) <= 11 and max(asked) <= 200
+    assert sum(rows <= 78 for rows in asked) <= 7  # each is a minute and a half
+
+
 @pytest.fixture
 def quick_compiler():
     """Programs that are only looked at compile twice as fast with little optimization."""
@@ -199,7 +216,7 @@ def test_the_largest_batch_of_a_real_step(quick_compiler):
     measure = lambda config: train.measure_fit(config, mesh)
     limit = measure(dataclasses.replace(TINY, device_batch_size=9, total_batch_size=9)).peak_bytes
     limited = lambda config: measure(config)._replace(limit_bytes=limit)
-    assert chip.find_largest_batch(TINY, limited(TINY), 1, limited) == 9
+    assert chip.find_largest_batch(TINY, limited(TINY), 1, limited, TINY.device_batch_size) == 9
 
 
 def test_the_preflight_of_a_machine_comes_before_any_data(tmp_path):
