@@ -260,7 +260,9 @@ def explain_refusal(config, fit, count_params, measure, devices):
 
 def aim(known, limit):
     """Rows at which the line through the two largest of known {rows: bytes} meets the limit; None if it does not."""
-    (r1, p1), (r2, p2) = sorted(known.items())[-2:] if len(known) > 1 else ((0, 0), (0, 0))
+    if len(known) < 2:
+        return None
+    (r1, p1), (r2, p2) = sorted(known.items())[-2:]
     return r2 + int((limit - p2) * (r2 - r1) / (p2 - p1)) if p2 > p1 else None
 
 

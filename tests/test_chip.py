@@ -249,7 +249,9 @@ def test_microbatches_that_divide_the_batch_are_compared():
     fit = measure(config)
     assert [rows for rows, _ in chip.compare_microbatches(config, fit, 2, measure)] == [1, 2, 4]
     assert asked == [(4, 48), (1, 48), (2, 48), (8, 48)]
+    asked.clear()
     lines = list(chip.look_further(config, fit, 2, measure, None))
+    assert asked[:4] == [(1, 48), (2, 48), (8, 48), (7, 14)]  # the search begins where the comparison points
     assert [line.split(":")[0] for line in lines[:3]] == [f"  device_batch_size  {rows}" for rows in (1, 2, 4)]
     assert lines[3] == "  fastest by estimate: --device_batch_size 2"
     assert lines[4].startswith("  looking for the largest device_batch_size: ")  # before it takes its time
