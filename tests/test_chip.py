@@ -269,10 +269,13 @@ def test_the_preflight_command_tells_and_ends(tmp_path):
     flags += " --device_batch_size 2 --total_batch_size 2"
     command = [sys.executable, str(ROOT / "02_train.py"), *flags.split()]
     environment = os.environ | {"ONECHIP_HOME": str(tmp_path / "home"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # which would be used instead
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "step compiled for 1 x cpu" in done.stdout and "parameters " in done.stdout
     assert re.search(r"largest device_batch_size: \d+, without accumulation", done.stdout)
+    kept = list((tmp_path / "home" / "compiled").iterdir())
+    assert any("train_step" in entry.name for entry in kept)  # a second start reads them from there
     assert not (tmp_path / "runs").exists()
 
 
