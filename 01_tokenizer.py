@@ -120,8 +120,13 @@ import pyarrow.parquet as pq
 import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import common
-from common import UserError, say, setting
+from onechip.errors import UserError, first_line, say
+from onechip.files import atomic_write
+from onechip.hub import load_hub, try_again, upload_folder
+from onechip.machine import has_tpu, home, read_secret
+from onechip.plots import show_picture
+from onechip.runlog import progress_bar
+from onechip.settings import parse_settings, setting
 
 # %% [markdown]
 # ## Config
@@ -156,10 +161,10 @@ def choose_vocab_size(source: str) -> int:
 
 def choose_settings(overrides: str = "") -> Settings:
     """Settings with nothing left open; says in a line what was chosen and why."""
-    settings = Settings(**common.parse_settings(Settings, overrides=overrides)[0])
-    data = settings.data or choose_data(common.has_tpu())
+    settings = Settings(**parse_settings(Settings, overrides=overrides)[0])
+    data = settings.data or choose_data(has_tpu())
     vocab_size = settings.vocab_size or choose_vocab_size(data)
-    data_why = "as set" if settings.data else f"as {'a' if common.has_tpu() else 'no'} TPU is here"
+    data_why = "as set" if settings.data else f"as {'a' if has_tpu() else 'no'} TPU is here"
     vocab_why = "as set" if settings.vocab_size else "as suits this data"
     say(f"chosen: data {data} ({data_why}), vocab_size {vocab_size:,} ({vocab_why})")
     return dataclasses.replace(settings, data=data, vocab_size=vocab_size)
@@ -201,9 +206,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such shard") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: not a whole parquet file ({common.first_line(error)}); delete it, get it again"
-        ) from None
+        raise UserError(f"{path}: not a whole parquet file ({first_line(error)}); delete it, get it again") from None
     columns = shard.schema_arrow
     if "text" not in columns.names:
         raise UserError(f"{path}: has no column 'text', only {', '.join(map(repr, columns.names)) or 'none'}")
@@ -218,9 +221,7 @@ def read_texts(shard: pq.ParquetFile, group: int, path: Path) -> list[str | None
     try:
         return shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: row group {group} is damaged ({common.first_line(error)}); get the shard again"
-        ) from None
+        raise UserError(f"{path}: row group {group} is damaged ({first_line(error)}); get the shard again") from None
 
 
 Position = tuple[int, int, int]  # shard, row group, document in it
@@ -301,14 +302,14 @@ def read_sources(paths: list[Path]) -> list[str]:
 
 def write_shard(path: Path, documents: list[str], row_group_size: int) -> None:
     """Writes one parquet shard, whole or not at all."""
-    with common.atomic_write(path) as part:
+    with atomic_write(path) as part:
         pq.write_table(pa.table({"text": documents}), part, row_group_size=row_group_size, compression="zstd")
 
 
 def offline_corpus(directory: Path | None = None) -> Corpus:
     """The standard library of the Python that runs this, as parquet shards that are written once."""
     revision = f"python{platform.python_version()}-{OFFLINE_FORMAT}"
-    directory = Path(directory or common.home() / f"stdlib-{revision}")
+    directory = Path(directory or home() / f"stdlib-{revision}")
     shards = [directory / f"shard_{i:05d}.parquet" for i in range(OFFLINE_SHARDS)]
     if not all(shard.exists() for shard in shards):
         stdlib = Path(sysconfig.get_path("stdlib"))
@@ -342,8 +343,8 @@ DOWNLOADS_AT_ONCE = 8
 
 def list_shards(names: list[str], revision: str) -> dict:
     """What the Hub says of each shard: name -> RepoFile with size in bytes and SHA-256, in one request."""
-    api = common.load_hub().HfApi(token=False)  # public data: no login, so no expired one can be in the way
-    listed = common.try_again(
+    api = load_hub().HfApi(token=False)  # public data: no login, so no expired one can be in the way
+    listed = try_again(
         lambda: api.get_paths_info(FINEWEB_REPO, names, revision=revision, repo_type="dataset"),
         f"{FINEWEB_REPO} at {revision[:12]}: cannot be downloaded",
     )
@@ -356,10 +357,10 @@ def list_shards(names: list[str], revision: str) -> dict:
 
 def download_shard(name: str, directory: Path, revision: str, sha256: str | None) -> int:
     """Brings one shard to `directory`, whole, checked and under its own name, or not at all; returns its bytes."""
-    hub = common.load_hub()
+    hub = load_hub()
 
     def fetch():
-        with common.atomic_write(directory / name) as part:
+        with atomic_write(directory / name) as part:
             hub.hf_hub_download(
                 FINEWEB_REPO, name, repo_type="dataset", revision=revision, local_dir=part.parent, token=False
             )
@@ -373,7 +374,7 @@ def download_shard(name: str, directory: Path, revision: str, sha256: str | None
                 raise UserError(str(error).replace(str(part), f"{name} of {FINEWEB_REPO}")) from None
             return part.stat().st_size
 
-    return common.try_again(fetch, f"{name}: cannot be downloaded")
+    return try_again(fetch, f"{name}: cannot be downloaded")
 
 
 def fineweb_corpus(num_shards: int, directory: Path | None = None, revision: str = FINEWEB_REVISION) -> Corpus:
@@ -382,7 +383,7 @@ def fineweb_corpus(num_shards: int, directory: Path | None = None, revision: str
         raise UserError(f"num_shards must be 1 to {FINEWEB_LAST_SHARD}, not {num_shards}")
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise UserError(f"revision must be a commit of {FINEWEB_REPO} (40 hexadecimal digits), not {revision!r}")
-    directory = Path(directory or common.home() / f"fineweb-edu-{revision[:12]}")
+    directory = Path(directory or home() / f"fineweb-edu-{revision[:12]}")
     names = [f"shard_{i:05d}.parquet" for i in [*range(num_shards), FINEWEB_LAST_SHARD]]
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
@@ -395,7 +396,7 @@ def fineweb_corpus(num_shards: int, directory: Path | None = None, revision: str
 
 def download_shards(names: list[str], directory: Path, revision: str) -> None:
     """Downloads several shards at a time under one progress bar; the first that fails stops the rest."""
-    hub = common.load_hub()
+    hub = load_hub()
     listed = list_shards(names, revision)
     size = sum(listed[name].size for name in names)
     say(f"download: {len(names)} shards, {size / 1e6:,.0f} MB, of {FINEWEB_REPO} at {revision[:12]} to {directory}")
@@ -407,7 +408,7 @@ def download_shards(names: list[str], directory: Path, revision: str) -> None:
         for name in names:
             sha256 = listed[name].lfs.sha256 if listed[name].lfs else None
             jobs.append(pool.submit(download_shard, name, directory, revision, sha256))
-        with common.progress_bar(total=size, unit="B", unit_scale=True, desc="shards") as bar:
+        with progress_bar(total=size, unit="B", unit_scale=True, desc="shards") as bar:
             for job in concurrent.futures.as_completed(jobs):
                 bar.update(job.result())
     finally:
@@ -533,7 +534,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, pattern: str = SP
 # %%
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Writes tokenizer.json, whole or not at all."""
-    with common.atomic_write(path) as part:
+    with atomic_write(path) as part:
         part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
@@ -542,7 +543,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     save_tokenizer(tokenizer, folder / "tokenizer.json")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL_TOKENS[0]}
     settings |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}  # text stays text
-    with common.atomic_write(folder / "tokenizer_config.json") as part:
+    with atomic_write(folder / "tokenizer_config.json") as part:
         part.write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -554,9 +555,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(
-            f"{path}: not a tokenizer.json ({common.first_line(error)}); delete it and run 01_tokenizer"
-        ) from None
+        raise UserError(f"{path}: not a tokenizer.json ({first_line(error)}); delete it and run 01_tokenizer") from None
     absent = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
     if absent:
         raise UserError(f"{path}: has no special token {absent[0]!r}; delete it and run 01_tokenizer")
@@ -605,7 +604,7 @@ def get_tokenizer(corpus: Corpus, vocab_size: int, max_train_chars: int | None =
     began = time.perf_counter()
     tokenizer = train_tokenizer(count_chars(read_documents(corpus.train), limit), vocab_size)
     save_tokenizer(tokenizer, path)
-    with common.atomic_write(record) as part:
+    with atomic_write(record) as part:
         part.write_text(json.dumps({"max_train_chars": limit, "corpus": corpus.name, "revision": corpus.revision}))
     seconds = time.perf_counter() - began
     say(f"tokenizer: {vocab_size:,} tokens, trained in {seconds:.1f} s as there was none for this corpus ({path})")
@@ -614,7 +613,7 @@ def get_tokenizer(corpus: Corpus, vocab_size: int, max_train_chars: int | None =
 
 def tokenizer_folder(corpus: Corpus, vocab_size: int) -> Path:
     """Where the tokenizer of a corpus lives, under the shared home folder."""
-    return common.home() / "tokenizers" / f"{corpus.name}-{corpus.revision[:20]}-{vocab_size}"
+    return home() / "tokenizers" / f"{corpus.name}-{corpus.revision[:20]}-{vocab_size}"
 
 
 # %% [markdown]
@@ -702,7 +701,7 @@ OVERRIDES = ""  # @param ["", "--data offline", "--data fineweb --num_shards 8"]
 
 if __name__ == "__main__":
     settings = choose_settings(OVERRIDES)
-    hub_token = common.read_secret("HF_TOKEN")
+    hub_token = read_secret("HF_TOKEN")
     corpus = get_corpus(settings.data, settings.num_shards)
     tokenizer = get_tokenizer(corpus, settings.vocab_size, settings.max_train_chars)
 
@@ -858,7 +857,7 @@ def plot_compression(table: dict[str, dict[str, float]], samples: dict, path: Pa
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     figure.legend(loc="outside lower center", ncols=len(table) if len(table) < 5 else 3, frameon=False, fontsize=9)
-    with common.atomic_write(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=150, format="png")
 
 
@@ -872,7 +871,7 @@ if __name__ == "__main__":
     say(show_compression(compression, samples))
     plot_compression(compression, samples, folder / "compression.png")
     say(f"picture: {folder / 'compression.png'}")
-    common.show_picture(folder / "compression.png")
+    show_picture(folder / "compression.png")
 
 # %% [markdown]
 # A look at the tokens themselves, and the bar that a model has to pass.
@@ -911,10 +910,10 @@ def write_card(corpus: Corpus, vocab_size: int, table: str) -> str:
 
 # %%
 if __name__ == "__main__":
-    with common.atomic_write(folder / "README.md") as part:
+    with atomic_write(folder / "README.md") as part:
         part.write_text(
             write_card(corpus, settings.vocab_size, show_compression(compression, samples)), encoding="utf-8"
         )
     export_tokenizer(tokenizer, folder)
     files = ["tokenizer.json", "tokenizer_config.json", "README.md", "compression.png"]
-    common.upload_folder(folder, files, hub_token, settings.hub_repo, "onechip-tokenizer")
+    upload_folder(folder, files, hub_token, settings.hub_repo, "onechip-tokenizer")

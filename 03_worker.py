@@ -123,8 +123,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-import common
-from common import UserError, require, say, setting
+from onechip.errors import UserError, first_line, print_one_line_errors, require, say
+from onechip.files import atomic_write
+from onechip.machine import deferred_interrupt, git_commit, in_notebook, keep_compiled, keep_freed_memory, read_secret
+from onechip.settings import Run, count_tokens, parse_settings, setting, settle
 
 train = importlib.import_module("02_train")
 tok = importlib.import_module("01_tokenizer")
@@ -189,10 +191,10 @@ def make_sweep(settings, run, config, space, corpus):
     """The sweep as a dictionary in wandb's format: `space` over the fields of `config`, which are constants else."""
     fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in DERIVED}
     fixed["n_kv_head"] = 0 if config.n_kv_head == config.n_head else config.n_kv_head  # so that n_head can be swept
-    tokens = common.count_tokens(config)
+    tokens = count_tokens(config)
     size = tokens if settings.budget == "tokens" else tokens * train.flops_per_token(config)
     data = run.data if run.data in ("offline", "fineweb") else ""  # a folder's path is each worker's own
-    origin = (common.git_commit() or "", data, corpus.name, corpus.revision, run.num_shards)
+    origin = (git_commit() or "", data, corpus.name, corpus.revision, run.num_shards)
     constants = fixed | dict(zip(ORIGIN, (*origin, settings.budget, size, settings.evaluations), strict=True))
     sweep = {
         "method": settings.method,
@@ -369,7 +371,7 @@ def contain(work, request):
     except BaseException as error:
         clear_traceback(error)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        return Outcome("failed", kind + common.first_line(error))
+        return Outcome("failed", kind + first_line(error))
 
 
 def run_trial(job, corpus, interrupt=None):
@@ -460,8 +462,8 @@ def telling_in_one_line():
     try:
         yield
     finally:
-        if not common.in_notebook():
-            sys.excepthook = common.print_one_line_errors
+        if not in_notebook():
+            sys.excepthook = print_one_line_errors
 
 
 class Lease:
@@ -520,7 +522,7 @@ class LocalSweep:
         """Notes what a trial has come to; rows stay as they were unless given; `released` is a lease given back."""
         path = self.folder / f"{name}.result.json"
         rows = (read_json(path) or {}).get("rows", []) if rows is None else rows
-        with common.atomic_write(path) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps({"state": state, "reason": reason, "rows": rows, "released": released}) + "\n")
 
     def _lease(self, trial, number):
@@ -616,7 +618,7 @@ class LocalSweep:
     def work(self, corpus, count=0):
         """Runs trials until the sweep is over, `count` are done, too many in a row have failed, or Ctrl-C."""
         failures, ran, waiting = 0, 0, False
-        with common.deferred_interrupt() as interrupt:
+        with deferred_interrupt() as interrupt:
             while not interrupt.requested and not (count and ran >= count):
                 done = self.run_next(corpus, interrupt)
                 if done is None:
@@ -669,7 +671,7 @@ def load_wandb():
         import wandb
     except ImportError as error:
         raise UserError(f"wandb cannot be imported ({error}): pip install wandb, or sweep with --where local") from None
-    if key := common.read_secret("WANDB_API_KEY"):
+    if key := read_secret("WANDB_API_KEY"):
         os.environ["WANDB_API_KEY"] = key  # where its own process looks
     return wandb
 
@@ -719,7 +721,7 @@ class WandbSweep:
         try:
             return self._wandb.Api().sweep(self.path)
         except Exception as error:  # wandb's and the network's
-            raise UserError(f"sweep={self.path!r}: wandb does not find it ({common.first_line(error)})") from None
+            raise UserError(f"sweep={self.path!r}: wandb does not find it ({first_line(error)})") from None
 
     def _run_one(self, corpus, interrupt):
         run = self._wandb.init(resume="allow")  # the agent has set the id, and what to try
@@ -797,9 +799,9 @@ def create_online(sweep, project, folder):
     try:
         name = wandb.sweep(sweep, project=project)
     except Exception as error:  # wandb's and the network's
-        raise UserError(f"project={project!r}: wandb did not take the sweep ({common.first_line(error)})") from None
+        raise UserError(f"project={project!r}: wandb did not take the sweep ({first_line(error)})") from None
     path = f"{os.environ.get('WANDB_ENTITY') or wandb.Api().default_entity}/{project}/{name}"
-    with common.atomic_write(note) as part:
+    with atomic_write(note) as part:
         part.write_text(path + "\n")
     say(f"sweep: {path}; other workers join it with --sweep {path}")
     return path
@@ -853,7 +855,7 @@ def describe_table(rows, sweep):
 
 def write_table(rows, path):
     """The table as a CSV file."""
-    with common.atomic_write(path) as part, open(part, "w", newline="") as file:
+    with atomic_write(path) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -891,7 +893,7 @@ def plot_sweep(trials, rows, sweep, path):
         curves.plot([p["step"] * per_step for p in points], [p[METRIC] for p in points], ".-", **shade)
     curves.set(xlabel="million tokens", ylabel="bits per byte, held out")
     curves.grid(alpha=0.3)
-    with common.atomic_write(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=110)
 
 
@@ -921,7 +923,7 @@ def choose_place(settings, run):
     """wandb or local, and why, in a line."""
     require(settings.where in ("", "wandb", "local"), "where", settings.where, "use wandb or local")
     online = os.environ.get("WANDB_MODE", "online") == "online"
-    key = bool(settings.where or settings.sweep or common.read_secret("WANDB_API_KEY"))
+    key = bool(settings.where or settings.sweep or read_secret("WANDB_API_KEY"))
     place = settings.where or ("wandb" if settings.sweep or (key and online and run.preset != "laptop") else "local")
     because = "as set" if settings.where or settings.sweep else "as there is no key" if not key else ""
     because = because or ("as there is a key" if place == "wandb" else f"as the preset is {run.preset}")
@@ -938,7 +940,7 @@ def full_path(name, project):
 
 def check_version(sweep, corpus, any_version):
     """Raises UserError where commit or data are not those that the sweep was made with."""
-    made, here = constants(sweep), {"commit": common.git_commit() or ""}
+    made, here = constants(sweep), {"commit": git_commit() or ""}
     here |= {"data_name": corpus.name, "data_revision": corpus.revision}
     for name, value in here.items():
         if made[name] != value and any_version:
@@ -951,9 +953,9 @@ def check_version(sweep, corpus, any_version):
 @telling_in_one_line()
 def open_sweep(overrides):
     """(backend, settings, corpus) of what the user set: makes the sweep or finds it, checks it, says what it is."""
-    given = common.parse_settings(Worker, common.Run, train.Config, overrides=overrides)
-    settings, asked, fields = Worker(**given[0]), common.Run(**given[1]), given[2]
-    run, config = common.settle(asked, train.Config, TRIALS, fields)
+    given = parse_settings(Worker, Run, train.Config, overrides=overrides)
+    settings, asked, fields = Worker(**given[0]), Run(**given[1]), given[2]
+    run, config = settle(asked, train.Config, TRIALS, fields)
     place, out = choose_place(settings, run), Path(run.out)
     os.environ.setdefault("WANDB_DIR", str(out))
     if settings.sweep:
@@ -998,8 +1000,8 @@ def describe_cost(backend):
 OVERRIDES = ""  # @param ["", "--where wandb", "--budget flops --run_cap 20"] {allow-input: true}
 
 if __name__ == "__main__":
-    common.keep_freed_memory()
-    common.keep_compiled()
+    keep_freed_memory()
+    keep_compiled()
     backend, settings, corpus = open_sweep(OVERRIDES)
     print(describe_cost(backend))
 
@@ -1034,7 +1036,7 @@ def show_results(backend):
         say(" ".join(["best: uv run 02_train.py", *(f"--{name} {best[name]}" for name in swept(backend.sweep))]))
     if hasattr(backend, "record"):
         backend.record(rows, picture)
-    if common.in_notebook():
+    if in_notebook():
         from IPython.display import Image, display
 
         display(Image(filename=str(picture), width=900))

@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 
-import common
+from onechip.checkpoints import CheckpointWriter
+from onechip.machine import home
 
 train = importlib.import_module("02_train")
 tok = train.tok
@@ -59,8 +60,8 @@ def watch_state(preset="chip"):
             peak[0] = max(peak[0], resident())
 
     threading.Thread(target=look, daemon=True).start()
-    with tempfile.TemporaryDirectory(dir=common.home()) as folder:
-        writer, began = common.CheckpointWriter(folder), time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=home()) as folder:
+        writer, began = CheckpointWriter(folder), time.perf_counter()
         writer.save(0, train.checkpoint_files(config, state, stream, {}))
         pause = time.perf_counter() - began
         writer.wait()
@@ -72,6 +73,6 @@ def watch_state(preset="chip"):
 
 
 if __name__ == "__main__":
-    common.home().mkdir(parents=True, exist_ok=True)
+    home().mkdir(parents=True, exist_ok=True)
     mode, *arguments = sys.argv[1:] or ["run"]
     {"run": watch_run, "state": watch_state}[mode](*arguments)

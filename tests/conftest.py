@@ -29,8 +29,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHILD), os.environ.
 
 import offline  # noqa: E402, F401  (this process too)
 
-import common  # noqa: E402, F401  (before jax: it keeps a libtpu that has no TPU quiet)
-
 
 def pytest_collection_modifyitems(items):
     """Files with the most slow tests go first: at the end one process would be alone with them."""

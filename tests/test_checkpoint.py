@@ -33,8 +33,20 @@ from conftest import ROOT
 from hub import Fault, Hub
 from safetensors.numpy import load_file
 
-import common
-from common import UserError
+from onechip.checkpoints import (
+    CheckpointWriter,
+    clear_leftovers,
+    find_damage,
+    fixed_fields,
+    flatten,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from onechip.errors import UserError
+from onechip.files import hash_file
+from onechip.hub import HubMirror, _make_client, load_hub, open_mirror
+from onechip.machine import read_secret
+from onechip.settings import Run
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -94,7 +106,7 @@ def names(run_dir):
 
 
 def newest(run_dir):
-    return common.newest_checkpoint(Path(run_dir) / "checkpoints")
+    return newest_checkpoint(Path(run_dir) / "checkpoints")
 
 
 def arrays_of(path):
@@ -138,11 +150,11 @@ def test_every_bit_comes_back(tmp_path, monkeypatch):
     state = strange_state()
     stream = {"epoch": 3, "shard": 1, "row_group": 2, "document": 5, "tokens": np.arange(200, 300, dtype=np.int32)}
     notes = {"best_step": 4, "best_val_bpb": 0.1 + 0.2, "remember": {"wandb": "3f9a"}, "made_from": {"jax": "0"}}
-    expected = {name: np.array(array) for name, array in common.flatten(state).items()}
+    expected = {name: np.array(array) for name, array in flatten(state).items()}
     path = train.save_checkpoint(tmp_path, tiny(), state, stream, notes, '{"step": 7}\n')
     assert path == newest(tmp_path) and path.name == "step_00000007"
     back, back_stream, back_notes = train.load_checkpoint(path, tiny(), train.make_mesh())
-    found = common.flatten(back)
+    found = flatten(back)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
@@ -159,7 +171,7 @@ def test_every_bit_comes_back(tmp_path, monkeypatch):
 def test_arrays_in_another_memory_order_are_not_scrambled(monkeypatch):
     """safetensors writes memory as it lies: an array that a device hands over in Fortran's order came back shuffled."""
     state = strange_state()
-    expected = common.flatten(state)
+    expected = flatten(state)
     monkeypatch.setattr(common, "flatten", lambda tree: {k: a.copy(order="F") for k, a in expected.items()})
     files = train.checkpoint_files(tiny(), state, {"tokens": []}, {})
     back = safetensors.numpy.load(safetensors.numpy.save(files["params.safetensors"]))
@@ -391,7 +403,7 @@ def write_stopped(folder, n):
     """Writes step 6 over 4 and 5, keeping one, stopped at the n-th point; returns the points and whether it ended."""
     with pytest.MonkeyPatch.context() as patch:
         points = Points(patch, n)
-        writer = common.CheckpointWriter(folder, keep=1)
+        writer = CheckpointWriter(folder, keep=1)
         try:
             writer.save(6, some_files(6), best=4)
             writer.wait()
@@ -405,14 +417,14 @@ def test_stopped_at_any_point_the_newest_whole_checkpoint_is_found(tmp_path, cap
     for n in itertools.count(1):
         folder = tmp_path / str(n)
         for step in (4, 5):
-            common.write_checkpoint(folder / f"step_{step:08d}", some_files(step))
+            write_checkpoint(folder / f"step_{step:08d}", some_files(step))
         passed, ended = write_stopped(folder, n)
         renamed = any(name == "replace" and when == "behind" for when, name, _ in passed)
-        assert value_of(common.newest_checkpoint(folder)) == (6 if renamed else 5), f"point {n}: {passed[-1]}"
+        assert value_of(newest_checkpoint(folder)) == (6 if renamed else 5), f"point {n}: {passed[-1]}"
         if not renamed:
-            common.write_checkpoint(folder / "step_00000006", some_files(6))
-            assert value_of(common.newest_checkpoint(folder)) == 6
-        common.clear_leftovers(folder)
+            write_checkpoint(folder / "step_00000006", some_files(6))
+            assert value_of(newest_checkpoint(folder)) == 6
+        clear_leftovers(folder)
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
         if ended:
             break
@@ -423,7 +435,7 @@ def test_stopped_at_any_point_the_newest_whole_checkpoint_is_found(tmp_path, cap
 def test_everything_is_on_disk_before_what_says_so(tmp_path, monkeypatch):
     """Each file is synced before the manifest is written, that and the folder before the rename, the parent after."""
     points = Points(monkeypatch)
-    common.write_checkpoint(tmp_path / "step_00000001", some_files(1))
+    write_checkpoint(tmp_path / "step_00000001", some_files(1))
     path_in = lambda args: next(Path(arg).name for arg in args if isinstance(arg, str | Path))
     done = [(name, path_in(args)) for when, name, args in points.passed if when == "behind" and name != "fsync"]
     order = {event: i for i, event in enumerate(done)}
@@ -474,20 +486,20 @@ def content(folder):
 def test_a_damaged_checkpoint_is_named_set_aside_and_skipped(tmp_path, capsys, kind):
     """The next older one is used; one line says which is damaged and how; nothing of it is deleted or changed."""
     for step in (1, 2, 3):
-        common.write_checkpoint(tmp_path / f"step_{step:08d}", some_files(step))
+        write_checkpoint(tmp_path / f"step_{step:08d}", some_files(step))
     for step in (2, 3):
         DAMAGES[kind](tmp_path / f"step_{step:08d}")
     damaged = {step: content(tmp_path / f"step_{step:08d}") for step in (2, 3)}
-    assert value_of(common.newest_checkpoint(tmp_path)) == 1
+    assert value_of(newest_checkpoint(tmp_path)) == 1
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and all("is damaged: " in line and is_one_line(line) for line in said)
     assert "step_00000003" in said[0] and "damaged_step_00000003_0" in said[0]
     for step, before in damaged.items():
         assert content(tmp_path / f"damaged_step_{step:08d}_0") == before
-    assert value_of(common.newest_checkpoint(tmp_path)) == 1 and capsys.readouterr().out == ""
-    common.write_checkpoint(tmp_path / "step_00000003", some_files(3))  # made again, and damaged again
+    assert value_of(newest_checkpoint(tmp_path)) == 1 and capsys.readouterr().out == ""
+    write_checkpoint(tmp_path / "step_00000003", some_files(3))  # made again, and damaged again
     DAMAGES[kind](tmp_path / "step_00000003")
-    common.newest_checkpoint(tmp_path)
+    newest_checkpoint(tmp_path)
     assert (
         content(tmp_path / "damaged_step_00000003_0") == damaged[3] and (tmp_path / "damaged_step_00000003_1").exists()
     )
@@ -496,8 +508,8 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_skipped(tmp_path, capsys, k
 def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch, capsys):
     """An I/O error in one checkpoint does not keep a run from the one before."""
     for step in (1, 2):
-        common.write_checkpoint(tmp_path / f"step_{step:08d}", some_files(step))
-    real = common.hash_file
+        write_checkpoint(tmp_path / f"step_{step:08d}", some_files(step))
+    real = hash_file
 
     def fail(path):
         if "step_00000002" in str(path):
@@ -505,24 +517,24 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch, capsys):
         return real(path)
 
     monkeypatch.setattr(common, "hash_file", fail)
-    assert common.newest_checkpoint(tmp_path).name == "step_00000001"
+    assert newest_checkpoint(tmp_path).name == "step_00000001"
     assert "Input/output error" in capsys.readouterr().out
 
 
 def test_the_last_ones_and_the_best_stay(tmp_path):
     """`keep` newest and the best; what was set aside or written apart is neither counted nor removed nor resumed."""
     for name in ("nonfinite_00000099", "damaged_step_00000098_0"):
-        common.write_checkpoint(tmp_path / name, some_files(9))
-    writer = common.CheckpointWriter(tmp_path, keep=2)
+        write_checkpoint(tmp_path / name, some_files(9))
+    writer = CheckpointWriter(tmp_path, keep=2)
     for step in range(1, 7):
         writer.save(step, some_files(step), best=2 if step > 2 else None)
         writer.wait()
     left = ["damaged_step_00000098_0", "nonfinite_00000099", *(f"step_{i:08d}" for i in (2, 5, 6))]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
-    assert value_of(common.newest_checkpoint(tmp_path)) == 6
+    assert value_of(newest_checkpoint(tmp_path)) == 6
     for step in (2, 5, 6):
         shutil.rmtree(tmp_path / f"step_{step:08d}")
-    assert common.newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_the_best_checkpoint_is_that_of_the_best_score(corpus, tokenizer, tmp_path, quick):
@@ -557,13 +569,13 @@ def quick(monkeypatch):
 
 def test_what_is_written_are_the_numbers_of_the_save(tmp_path, monkeypatch):
     """The state is donated to the next steps while the thread still writes: on a CPU NumPy would see that."""
-    config, mesh, go_on, real = tiny(), train.make_mesh(), threading.Event(), common.write_checkpoint
+    config, mesh, go_on, real = tiny(), train.make_mesh(), threading.Event(), write_checkpoint
     monkeypatch.setattr(common, "write_checkpoint", lambda *args: go_on.wait(60) and real(*args))
     step, (state, constants) = train.make_train_step(config, mesh), train.init_state(config, mesh)
     x = jax.device_put(np.ones((6, 24), np.int32), jax.sharding.NamedSharding(mesh, jax.P("data")))
-    writer = common.CheckpointWriter(tmp_path / "checkpoints")
+    writer = CheckpointWriter(tmp_path / "checkpoints")
     state, _ = step(state, constants, x, x)
-    expected = {name: np.array(array, copy=True).tobytes() for name, array in common.flatten(state).items()}
+    expected = {name: np.array(array, copy=True).tobytes() for name, array in flatten(state).items()}
     writer.save(1, train.checkpoint_files(config, state, {"tokens": []}, {}))
     leaf = state["params"]["wte"]
     for _ in range(3):
@@ -578,7 +590,7 @@ def test_what_is_written_are_the_numbers_of_the_save(tmp_path, monkeypatch):
 
 def test_training_does_not_wait_for_the_disk(corpus, tokenizer, tmp_path, quick):
     """A disk that takes its time: steps go on behind the save, and train() returns when the last one is written."""
-    real_write, real_advance, reached, waited = common.write_checkpoint, train.Trainer.advance, threading.Event(), []
+    real_write, real_advance, reached, waited = write_checkpoint, train.Trainer.advance, threading.Event(), []
 
     def write(path, files):
         waited.append(reached.wait(30))
@@ -598,7 +610,7 @@ def test_training_does_not_wait_for_the_disk(corpus, tokenizer, tmp_path, quick)
 
 def test_the_host_never_holds_two_copies(corpus, tokenizer, tmp_path, quick):
     """A save that comes while the one before is being written waits before it copies: 3.2 GB once, not twice."""
-    real_write, real_files, writing, copied = common.write_checkpoint, train.checkpoint_files, threading.Event(), []
+    real_write, real_files, writing, copied = write_checkpoint, train.checkpoint_files, threading.Event(), []
 
     def write(*args):
         writing.set()
@@ -642,10 +654,8 @@ def test_a_full_disk_stops_training_with_one_line_and_loses_nothing(corpus, toke
 
 def saves(quick):
     """The steps that the writer was given, in order, with those that were evaluated or sampled between them."""
-    steps, real = [], common.CheckpointWriter.save
-    quick.setattr(
-        common.CheckpointWriter, "save", lambda self, step, *args: (steps.append(step), real(self, step, *args))
-    )
+    steps, real = [], CheckpointWriter.save
+    quick.setattr(CheckpointWriter, "save", lambda self, step, *args: (steps.append(step), real(self, step, *args)))
     return steps
 
 
@@ -687,7 +697,7 @@ def test_a_signal_saves_what_was_reached(corpus, tokenizer, tmp_path, quick, num
 
 def test_a_signal_while_the_last_checkpoint_is_written_does_not_end_the_process(corpus, tokenizer, tmp_path, quick):
     """Handlers were put back before the writer was waited for: a SIGTERM then killed the write."""
-    real_write, real_close, closing, got_through = common.write_checkpoint, train.Trainer.close, threading.Event(), []
+    real_write, real_close, closing, got_through = write_checkpoint, train.Trainer.close, threading.Event(), []
 
     def write(*args):
         closing.wait(30)
@@ -721,7 +731,7 @@ def test_a_loss_that_is_no_number_is_kept_apart(corpus, tokenizer, tmp_path, qui
             run(corpus, tokenizer, tmp_path, save_every=4)
         assert is_one_line(raised.value) and newest(tmp_path).name == "step_00000008"
         (apart,) = (tmp_path / "checkpoints").glob("nonfinite_*")
-        assert common.find_damage(apart) is None
+        assert find_damage(apart) is None
         assert [row["step"] for row in read_rows(tmp_path) if "loss" in row] == list(range(1, 11))
     healed.append(True)
     assert run(corpus, tokenizer, tmp_path, save_every=4).step == 20 and apart.exists()
@@ -769,7 +779,7 @@ def test_a_change_of_model_or_data_is_refused(corpus, tokenizer, five_steps, qui
     quick.setattr(train, "check_tokenizer", lambda *args: None)
     drawn = train.init_state(tiny(), train.make_mesh())
     quick.setattr(train, "init_state", lambda *args: drawn)  # nothing to compile for each
-    assert set(common.fixed_fields(train.Config)) == set(OTHER)
+    assert set(fixed_fields(train.Config)) == set(OTHER)
     for field, value in OTHER.items():
         with pytest.raises(UserError) as raised:
             run(corpus, tokenizer, five_steps, num_iterations=5, **{field: value})
@@ -821,20 +831,20 @@ TOKEN = "hf_loopback"
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub on loopback that this process's client talks to, one that waits for nothing long."""
-    library, real_sleep = common.load_hub(), time.sleep
+    library, real_sleep = load_hub(), time.sleep
     with Hub() as hub:
         hub.slept = []
         monkeypatch.setattr(library, "HfApi", functools.partial(library.HfApi, endpoint=hub.url))
         monkeypatch.setattr(time, "sleep", lambda s: (hub.slept.append(s), real_sleep(min(s, 0.01)))[1])
         monkeypatch.setattr(common, "STALL", 0.4)
-        library.set_client_factory(common._make_client)  # closes connections that have the usual time-out
+        library.set_client_factory(_make_client)  # closes connections that have the usual time-out
         yield hub
     assert not hub.unknown
-    library.set_client_factory(common._make_client)
+    library.set_client_factory(_make_client)
 
 
 def mirror_of(hub, **minutes):
-    return common.HubMirror(TOKEN, REPO, **minutes)
+    return HubMirror(TOKEN, REPO, **minutes)
 
 
 def settle(mirror):
@@ -845,7 +855,7 @@ def settle(mirror):
 def offer(mirror, folder, step):
     """Writes a checkpoint, offers it and waits."""
     path = folder / f"step_{step:08d}"
-    common.write_checkpoint(path, {**some_files(step), "config.json": b"{}"})
+    write_checkpoint(path, {**some_files(step), "config.json": b"{}"})
     mirror.offer(path)
     settle(mirror)
     return path
@@ -943,8 +953,8 @@ def test_a_disk_without_links_still_uploads(hub, tmp_path, monkeypatch):
 
 def test_a_new_machine_goes_on_from_the_hub(hub, corpus, tokenizer, straight, tmp_path, monkeypatch, capsys):
     """An empty folder and the same run: the last whole state was up before train() returned, comes back, goes on."""
-    real = common.HubMirror._commit
-    monkeypatch.setattr(common.HubMirror, "_commit", lambda *args: (threading.Event().wait(0.3), real(*args)))
+    real = HubMirror._commit
+    monkeypatch.setattr(HubMirror, "_commit", lambda *args: (threading.Event().wait(0.3), real(*args)))
     with watched(tmp_path / "a", 13, interrupt):
         train.train(tiny(), corpus, tokenizer, tmp_path / "a", mirror=mirror_of(hub))
     up = {path.split("/")[1] for path in hub.files(REPO) if path.startswith("checkpoints/")}
@@ -963,7 +973,7 @@ def put_up(hub, *steps):
     files = {}
     for step in steps:
         path = Path(os.environ["ONECHIP_HOME"]) / f"elsewhere_{time.monotonic_ns()}" / f"step_{step:08d}"
-        common.write_checkpoint(path, some_files(step))
+        write_checkpoint(path, some_files(step))
         files |= {f"checkpoints/{path.name}/{name}": raw for name, raw in content(path).items()}
     hub.add_repo(REPO, files)
     return files
@@ -974,7 +984,7 @@ def restored(hub, folder):
     mirror = mirror_of(hub)
     mirror.restore(folder)
     mirror.finish()
-    path = common.newest_checkpoint(folder)
+    path = newest_checkpoint(folder)
     return path and value_of(path)
 
 
@@ -983,12 +993,12 @@ def test_the_newest_of_both_homes_is_taken(hub, tmp_path, capsys):
     assert restored(hub, tmp_path / "fresh") is None and capsys.readouterr().out == ""
     put_up(hub, 3, 5)
     assert restored(hub, tmp_path / "empty") == 5
-    common.write_checkpoint(tmp_path / "older" / "step_00000004", some_files(4))
+    write_checkpoint(tmp_path / "older" / "step_00000004", some_files(4))
     assert restored(hub, tmp_path / "older") == 5
     asked = hub.count("GET", "resolve")
-    common.write_checkpoint(tmp_path / "same" / "step_00000005", some_files(50))
+    write_checkpoint(tmp_path / "same" / "step_00000005", some_files(50))
     assert restored(hub, tmp_path / "same") == 50 and hub.count("GET", "resolve") == asked
-    common.write_checkpoint(tmp_path / "newer" / "step_00000006", {**some_files(6), "config.json": b"{}"})
+    write_checkpoint(tmp_path / "newer" / "step_00000006", {**some_files(6), "config.json": b"{}"})
     assert restored(hub, tmp_path / "newer") == 6 and hub.count("GET", "resolve") == asked
     assert "checkpoints/step_00000006/manifest.json" in hub.files(REPO), "a run that was killed before its upload"
 
@@ -1020,20 +1030,20 @@ def test_a_hub_that_cannot_be_reached_does_not_cost_a_run(hub, tmp_path, capsys)
     with pytest.raises(UserError, match=f"{REPO}: cannot be listed") as raised:
         mirror_of(hub).restore(tmp_path / "empty")
     assert is_one_line(raised.value)
-    common.write_checkpoint(tmp_path / "here" / "step_00000002", {**some_files(2), "config.json": b"{}"})
+    write_checkpoint(tmp_path / "here" / "step_00000002", {**some_files(2), "config.json": b"{}"})
     assert restored(hub, tmp_path / "here") == 2 and "without a look at the Hub" in capsys.readouterr().out
 
 
 def test_a_mirror_needs_a_token_that_the_hub_takes(hub, capsys):
     """None without one; a refused one is a line, at once; a Hub that is only slow to answer is asked again."""
-    run = common.Run(name="x")
-    assert common.open_mirror(run, None) is None
-    assert common.open_mirror(run, "hf_wrong_canary") is None
+    run = Run(name="x")
+    assert open_mirror(run, None) is None
+    assert open_mirror(run, "hf_wrong_canary") is None
     said = capsys.readouterr().out
     assert said.startswith("upload: checkpoints stay here") and "hf_wrong" not in said and is_one_line(said.strip())
     assert max(hub.slept, default=0) < 1, "a refusal is not tried again"
     hub.faults = [Fault("GET", "/api/whoami-v2", status=500, times=2)]
-    assert common.open_mirror(run, TOKEN).repo == REPO
+    assert open_mirror(run, TOKEN).repo == REPO
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1117,11 +1127,11 @@ def test_colabs_secret_is_as_well_kept(hub, corpus, tokenizer, tmp_path, quick, 
         quick.delitem(sys.modules, name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "in_notebook", lambda: True)
-        token = common.read_secret("HF_TOKEN")
+        token = read_secret("HF_TOKEN")
     hub.users[CANARY] = "someone"
     for i, faults in enumerate(([], [Fault("POST", "/commit/", status=403, times=99)])):
         hub.faults = faults
-        mirror = common.open_mirror(common.Run(name=f"y{i}", out=str(tmp_path)), token)
+        mirror = open_mirror(Run(name=f"y{i}", out=str(tmp_path)), token)
         train.train(tiny(num_iterations=5), corpus, tokenizer, tmp_path / f"y{i}", mirror=mirror)
     assert CANARY in hub.tokens and "checkpoints/step_00000005/state.json" in hub.files("someone/onechip-y0")
     said = capfd.readouterr()

@@ -11,9 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-import chip
-import kernels
-from common import UserError
+from onechip import kernels
 
 train = importlib.import_module("02_train")
 
@@ -63,8 +61,8 @@ ENTRY %main.4 (p: f32[8]) -> f32[8] {
 def test_cycles_are_summed_through_loops_within_loops():
     """A loop counts as often as it runs, what is inside a fusion does not, 2 ** 63 - 1 means no estimate. Not
     every loop says how often that is: the bound then stands in its condition."""
-    assert chip.xla_cycles(HLO) == 7 + 16 * (100 + 3 * 5)
-    assert chip.xla_cycles("HloModule none\n\nENTRY %m (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n") == 0
+    assert xla_cycles(HLO) == 7 + 16 * (100 + 3 * 5)
+    assert xla_cycles("HloModule none\n\nENTRY %m (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n") == 0
 
 
 def test_kernel_cycles_follow_the_tiles_that_a_window_leaves():
@@ -72,12 +70,12 @@ def test_kernel_cycles_follow_the_tiles_that_a_window_leaves():
     config = train.Config(window_pattern="S", aspect_ratio=512)  # a layer of each window
     assert config.windows == (1024, 2048)
     ours = [4 * (408 + 725) + visited * (535 + 1341) for visited in (9, 10)]
-    assert chip.kernel_cycles(config, 5) == 5 * 8 * sum(ours)
+    assert kernel_cycles(config, 5) == 5 * 8 * sum(ours)
     splash = [visited * (4225 + 5126 + 3937) for visited in (3, 3)]
-    assert chip.kernel_cycles(dataclasses.replace(config, attn_impl="splash"), 5) == 5 * 8 * sum(splash)
-    assert chip.kernel_cycles(dataclasses.replace(config, attn_impl="einsum"), 5) == 0
+    assert kernel_cycles(dataclasses.replace(config, attn_impl="splash"), 5) == 5 * 8 * sum(splash)
+    assert kernel_cycles(dataclasses.replace(config, attn_impl="einsum"), 5) == 0
     unknown = train.Config(n_head=2, head_dim=384, aspect_ratio=384, seq_len=512)
-    assert chip.kernel_cycles(unknown, 5) is None
+    assert kernel_cycles(unknown, 5) is None
 
 
 @pytest.mark.parametrize(
@@ -98,12 +96,12 @@ def test_tiles_hold_every_visible_pair_and_mask_where_some_pair_is_not(T, window
 
 def test_memory_parts_sum_to_the_peak():
     """Float32 masters and gradients, two moments, bfloat16 weights where computing is in that, a slice of logits."""
-    parts = chip.memory_parts(CHIP, 1000, 50_000_000)
+    parts = memory_parts(CHIP, 1000, 50_000_000)
     logits = 2 * 512 * 1024 * 2  # 1,024 tokens at a time, fewer than a slice
     assert parts["parameters"] == 4000 and parts["moments"] == 8000 and parts["gradients"] == 4000
     assert parts["bfloat16 weights"] == 2000 and parts["logits"] == logits
     assert sum(parts.values()) == 50_000_000
-    single = chip.memory_parts(TINY, 1000, 50_000_000)
+    single = memory_parts(TINY, 1000, 50_000_000)
     assert "bfloat16 weights" not in single and single["logits"] == 13 * 31 * 4
 
 
@@ -123,7 +121,7 @@ def test_memory_parts_sum_to_the_peak():
 )
 def test_an_error_of_the_compiler_is_read(text, size):
     """The largest size that an out-of-memory error names is what was needed; other errors are not swallowed."""
-    needed = chip.bytes_needed(RuntimeError(text))
+    needed = bytes_needed(RuntimeError(text))
     assert needed == (size and int(size * 2**30))
 
 
@@ -140,7 +138,7 @@ def test_the_largest_batch_is_found_in_a_few_programs(fixed, row, limit, start, 
         peak = fixed + row * rows + 0.3 * row * (rows % 3)  # not quite a line
         return None if peak > 2 * limit else peak  # far too large: the compiler refuses and names no peak
 
-    found = chip.largest_that_fits(peak_of, limit, start)
+    found = largest_that_fits(peak_of, limit, start)
     fits = lambda rows: fixed + row * rows + 0.3 * row * (rows % 3) <= limit
     assert (found == 0 or fits(found)) and not fits(found + 1)
     assert abs(found - want) <= 1 and len(asked) == len(set(asked)) <= 6
@@ -158,7 +156,7 @@ def test_the_largest_batch_is_found_where_memory_is_flat(start, slope):
             return None
         return 3_800 + 740 * rows if rows < 37 else 31_200 + slope * (rows - 37)
 
-    assert chip.largest_that_fits(peak_of, 33_554, start) == 78
+    assert largest_that_fits(peak_of, 33_554, start) == 78
     assert len(asked) == len(set(asked)) <= 11 and max(asked) <= 200
     assert sum(rows <= 78 for rows in asked) <= 7  # each is a minute and a half
 
@@ -183,8 +181,8 @@ def test_a_config_too_large_is_refused_with_the_nearest_that_fits(monkeypatch, q
     with pytest.raises(train.DoesNotFit) as refusal:
         train.preflight(TINY)
     message = str(refusal.value)
-    assert f"device_batch_size=6: a step needs {peaks[6] / chip.GIB:.3g} GiB" in message and "\n" not in message
-    assert f"; device_batch_size=4 fits, with {peaks[4] / chip.GIB:.3g} GiB" in message
+    assert f"device_batch_size=6: a step needs {peaks[6] / GIB:.3g} GiB" in message and "\n" not in message
+    assert f"; device_batch_size=4 fits, with {peaks[4] / GIB:.3g} GiB" in message
     monkeypatch.setattr(chip, "memory_limit", lambda device: 1)
     with pytest.raises(train.DoesNotFit, match="no smaller batch or model of this shape fits"):
         train.preflight(TINY)
@@ -192,9 +190,9 @@ def test_a_config_too_large_is_refused_with_the_nearest_that_fits(monkeypatch, q
 
 def test_a_refusal_where_the_memory_is_unknown_is_one_line_too():
     """The compiler refuses what no v4 takes, and nobody told us what a v4 has."""
-    refused = chip.Fit("1 x TPU v4", 40 * chip.GIB, None, {"activations": 0}, 1.0, None, None, 1.0, None)
-    measure = lambda config: refused._replace(peak_bytes=3 * chip.GIB, compiled="yes")
-    line = chip.explain_refusal(TINY, refused, lambda config: 10, measure, 1)
+    refused = Fit("1 x TPU v4", 40 * GIB, None, {"activations": 0}, 1.0, None, None, 1.0, None)
+    measure = lambda config: refused._replace(peak_bytes=3 * GIB, compiled="yes")
+    line = explain_refusal(TINY, refused, lambda config: 10, measure, 1)
     assert line == (
         "device_batch_size=6: a step needs at least 40 GiB of what there is on 1 x TPU v4; "
         "device_batch_size=4 fits, with 3 GiB"
@@ -203,11 +201,11 @@ def test_a_refusal_where_the_memory_is_unknown_is_one_line_too():
 
 def test_smaller_configs_keep_the_batch_and_then_shrink_the_model():
     """Divisors of the batch per device first, so that training is the same; then heads that make whole layers."""
-    smaller = list(chip.smaller_configs(TINY, 1))
+    smaller = list(smaller_configs(TINY, 1))
     assert [c.device_batch_size for c in smaller[:4]] == [4, 3, 2, 1]
     assert all(c.total_batch_size == 12 for c in smaller)
     assert [(c.n_head, c.n_kv_head) for c in smaller[4:]] == [(3, 1)]  # no other number of heads makes whole layers
-    assert [c.device_batch_size for c in chip.smaller_configs(TINY, 2)][:3] == [3, 2, 1]
+    assert [c.device_batch_size for c in smaller_configs(TINY, 2)][:3] == [3, 2, 1]
 
 
 def test_the_largest_batch_of_a_real_step(quick_compiler):
@@ -216,7 +214,7 @@ def test_the_largest_batch_of_a_real_step(quick_compiler):
     measure = lambda config: train.measure_fit(config, mesh)
     limit = measure(dataclasses.replace(TINY, device_batch_size=9, total_batch_size=9)).peak_bytes
     limited = lambda config: measure(config)._replace(limit_bytes=limit)
-    assert chip.find_largest_batch(TINY, limited(TINY), 1, limited, TINY.device_batch_size) == 9
+    assert find_largest_batch(TINY, limited(TINY), 1, limited, TINY.device_batch_size) == 9
 
 
 def test_the_preflight_of_a_machine_comes_before_any_data(tmp_path):
@@ -243,22 +241,22 @@ def test_microbatches_that_divide_the_batch_are_compared():
     def measure(config):
         rows = config.device_batch_size
         asked.append((rows, config.total_batch_size))
-        return chip.Fit("", 2**30 * rows, 7 * 2**30, {}, 1.0, 1.0, 1 / 64 if rows == 2 else 1 / rows, 1.0, "compiled")
+        return Fit("", 2**30 * rows, 7 * 2**30, {}, 1.0, 1.0, 1 / 64 if rows == 2 else 1 / rows, 1.0, "compiled")
 
     config = dataclasses.replace(TINY, total_batch_size=48, device_batch_size=4)
     fit = measure(config)
-    assert [rows for rows, _ in chip.compare_microbatches(config, fit, 2, measure)] == [1, 2, 4]
+    assert [rows for rows, _ in compare_microbatches(config, fit, 2, measure)] == [1, 2, 4]
     assert asked == [(4, 48), (1, 48), (2, 48), (8, 48)]
     asked.clear()
-    lines = list(chip.look_further(config, fit, 2, measure, None))
+    lines = list(look_further(config, fit, 2, measure, None))
     assert asked[:4] == [(1, 48), (2, 48), (8, 48), (7, 14)]  # the search begins where the comparison points
     assert [line.split(":")[0] for line in lines[:3]] == [f"  device_batch_size  {rows}" for rows in (1, 2, 4)]
     assert lines[3] == "  fastest by estimate: --device_batch_size 2"
     assert lines[4].startswith("  looking for the largest device_batch_size: ")  # before it takes its time
     assert lines[5:] == ["  largest device_batch_size: 7, without accumulation"]
-    assert len(list(chip.look_further(config, fit._replace(step_seconds=None), 2, measure, None))) == 2
+    assert len(list(look_further(config, fit._replace(step_seconds=None), 2, measure, None))) == 2
     unknown = fit._replace(step_seconds=None, limit_bytes=None, where="1 x TPU v4")
-    assert list(chip.look_further(config, unknown, 2, measure, None)) == [
+    assert list(look_further(config, unknown, 2, measure, None)) == [
         "  largest device_batch_size: unknown, as the memory of 1 x TPU v4 is"
     ]
 
@@ -335,7 +333,7 @@ def test_every_preset_compiles_for_a_v6e(preset, on_v6e):
     whole = train.Config(**train.PRESETS[preset])
     config = dataclasses.replace(whole, aspect_ratio=whole.n_embd, total_batch_size=2 * whole.device_batch_size)
     fit = train.measure_fit(config, on_v6e)
-    assert 12 * train.count_params(config)["total"] < fit.peak_bytes < BOUNDS[preset] * chip.GIB
+    assert 12 * train.count_params(config)["total"] < fit.peak_bytes < BOUNDS[preset] * GIB
     assert count_kernels(fit.compiled) == (2 if whole.attn_impl == "pallas" else 0)
     assert fit.step_seconds > 0
 
@@ -346,10 +344,10 @@ def test_the_default_model_fits_a_v6e_with_room(on_v6e):
     config = dataclasses.replace(train.Config(**train.PRESETS["chip"]), total_batch_size=4)
     fit = train.measure_fit(config, on_v6e)
     assert count_kernels(fit.compiled) == 2 * 16
-    assert fit.peak_bytes < 7 * chip.GIB  # 17.4 in the plain design
+    assert fit.peak_bytes < 7 * GIB  # 17.4 in the plain design
     assert fit.bytes_per_token < 9e6  # 16.8e6
     assert 1e9 * fit.step_seconds / (4 * 2048) < 5290  # 10,580
-    text = chip.describe_fit(config, fit, train.peak_rate(config, on_v6e))
+    text = describe_fit(config, fit, train.peak_rate(config, on_v6e))
     assert " of 31.25 GiB: parameters 1, moments 2" in text and "compiler's estimate" in text
 
 

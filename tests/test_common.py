@@ -14,8 +14,20 @@ import types
 import pytest
 from conftest import ROOT
 
-import common
-from common import UserError, setting
+from onechip.card import describe_result
+from onechip.errors import UserError, print_one_line_errors
+from onechip.files import atomic_write
+from onechip.machine import (
+    deferred_interrupt,
+    git_commit,
+    give_back_machine,
+    has_tpu,
+    home,
+    keep_compiled,
+    quiet_jax,
+    read_secret,
+)
+from onechip.settings import parse_settings, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +87,7 @@ def test_atomic_write_replaces_a_file_and_leaves_nothing_beside_it(tmp_path):
     """A file is written into a folder that may not be there yet, replaces the old one, and is alone afterwards."""
     path = tmp_path / "new" / "file.txt"
     for text in ("first", "second"):
-        with common.atomic_write(path) as part:
+        with atomic_write(path) as part:
             assert part.parent.parent == path.parent, "a rename is atomic only within one file system"
             part.write_text(text)
             assert not path.exists() or path.read_text() == "first"
@@ -89,7 +101,7 @@ def test_atomic_write_keeps_the_old_file_when_the_writer_fails(tmp_path, error):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(type(error)) as caught:
-        with common.atomic_write(path) as part:
+        with atomic_write(path) as part:
             part.write_text("half")
             raise error
     assert caught.value is error
@@ -100,12 +112,12 @@ def test_atomic_write_of_a_folder_is_all_or_nothing(tmp_path):
     """A folder appears under its name with all its files, or not at all and without a trace."""
     path = tmp_path / "folder"
     with pytest.raises(RuntimeError):
-        with common.atomic_write(path) as part:
+        with atomic_write(path) as part:
             part.mkdir()
             (part / "a").write_text("1")
             raise RuntimeError
     assert listing(tmp_path) == []
-    with common.atomic_write(path) as part:
+    with atomic_write(path) as part:
         part.mkdir()
         (part / "a").write_text("1")
         (part / "deeper").mkdir()
@@ -120,7 +132,7 @@ def test_atomic_write_tells_a_full_disk_in_one_line(tmp_path, number):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(UserError, match="disk is full") as caught:
-        with common.atomic_write(path) as part:
+        with atomic_write(path) as part:
             part.write_text("half")
             raise OSError(number, os.strerror(number))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -135,7 +147,7 @@ def test_atomic_write_tells_a_disk_that_fills_up_at_the_fsync(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="disk is full"):
-        with common.atomic_write(tmp_path / "file.txt") as part:
+        with atomic_write(tmp_path / "file.txt") as part:
             part.write_text("whole")
     assert listing(tmp_path) == []
 
@@ -160,7 +172,7 @@ def record_disk_calls(monkeypatch):
 def test_atomic_write_forces_a_file_to_disk_before_its_name(tmp_path, monkeypatch):
     """After a power cut a name must never stand for an empty file: fsync the file, rename, fsync the folder."""
     calls = record_disk_calls(monkeypatch)
-    with common.atomic_write(tmp_path / "file.txt") as part:
+    with atomic_write(tmp_path / "file.txt") as part:
         part.write_text("text")
     file, folder = os.stat(tmp_path / "file.txt").st_ino, os.stat(tmp_path).st_ino
     assert calls == [("fsync", file), ("rename", file), ("fsync", folder)]
@@ -170,7 +182,7 @@ def test_atomic_write_forces_a_folder_and_its_entries_to_disk_before_its_name(tm
     """A folder's list of names is data of its own: it and all below it are fsynced before the rename."""
     calls = record_disk_calls(monkeypatch)
     path = tmp_path / "folder"
-    with common.atomic_write(path) as part:
+    with atomic_write(path) as part:
         (part / "deeper").mkdir(parents=True)
         (part / "a").write_text("1")
         (part / "deeper" / "b").write_text("2")
@@ -192,7 +204,7 @@ def test_a_secret_comes_from_the_environment_first(monkeypatch, notebook, capsys
     """The environment wins, and Colab, which would ask the browser, is not even asked."""
     notebook(lambda name: pytest.fail("Colab was asked"))
     monkeypatch.setenv("SECRET_X", CANARY)
-    assert common.read_secret("SECRET_X") == CANARY
+    assert read_secret("SECRET_X") == CANARY
     assert CANARY not in "".join(capsys.readouterr())
 
 
@@ -204,7 +216,7 @@ def test_a_secret_comes_from_colab_where_the_environment_has_none(monkeypatch, n
         monkeypatch.delenv("SECRET_X", raising=False)
         if value is not None:
             monkeypatch.setenv("SECRET_X", value)
-        assert common.read_secret("SECRET_X") == CANARY
+        assert read_secret("SECRET_X") == CANARY
     assert asked == ["SECRET_X"] * 2
     assert CANARY not in "".join(capsys.readouterr())
 
@@ -226,7 +238,7 @@ def test_each_failure_of_colabs_secrets_is_told_in_a_line(monkeypatch, notebook,
 
     notebook(get)
     monkeypatch.delenv("SECRET_X", raising=False)
-    assert common.read_secret("SECRET_X") is None
+    assert read_secret("SECRET_X") is None
     out, err = capsys.readouterr()
     assert reason in out and "SECRET_X" in out and out.count("\n") == 1 and err == ""
     assert CANARY not in out
@@ -236,12 +248,12 @@ def test_a_missing_secret_is_none_and_silent_outside_colab(monkeypatch, notebook
     """A script asks nobody, a kernel without google.colab neither, and an empty Colab secret is none."""
     monkeypatch.delenv("SECRET_X", raising=False)
     monkeypatch.setitem(sys.modules, "google.colab", None)  # importing it fails
-    assert common.read_secret("SECRET_X") is None
+    assert read_secret("SECRET_X") is None
     notebook(lambda name: "")
-    assert common.read_secret("SECRET_X") is None
+    assert read_secret("SECRET_X") is None
     notebook(lambda name: pytest.fail("a script asked Colab"))
     monkeypatch.delitem(sys.modules, "ipykernel")
-    assert common.read_secret("SECRET_X") is None
+    assert read_secret("SECRET_X") is None
     assert capsys.readouterr() == ("", "")
 
 
@@ -252,18 +264,18 @@ def test_a_missing_secret_is_none_and_silent_outside_colab(monkeypatch, notebook
 def test_settings_from_a_command_line_have_their_fields_types(command_line):
     """Only what was given comes back, one dict per class, converted to the field's type; both spellings of a value."""
     command_line("--depth", "7", "--rate=1e-3", "--loud", "true", "--engine", "diesel")
-    dials, switches = common.parse_settings(Dials, Switches)
+    dials, switches = parse_settings(Dials, Switches)
     assert dials == {"depth": 7, "rate": 1e-3, "loud": True} and switches == {"engine": "diesel"}
     assert type(dials["depth"]) is int and type(dials["rate"]) is float and dials["loud"] is True
     command_line()
-    assert common.parse_settings(Dials, Switches) == [{}, {}]
+    assert parse_settings(Dials, Switches) == [{}, {}]
 
 
 @pytest.mark.parametrize("word, value", [("true", True), ("1", True), ("Yes", True), ("FALSE", False), ("0", False)])
 def test_a_bool_setting_is_read_as_a_word(command_line, word, value):
     """bool("false") is True: words are needed, and False must come out as False."""
     command_line("--loud", word)
-    assert common.parse_settings(Dials)[0] == {"loud": value}
+    assert parse_settings(Dials)[0] == {"loud": value}
 
 
 @pytest.mark.parametrize(
@@ -284,7 +296,7 @@ def test_a_wrong_setting_is_one_line_that_helps(command_line, words, named):
     """A wrong name, type or missing value is a UserError of one line with what was given, and the nearest name."""
     command_line(*words)
     with pytest.raises(UserError) as caught:
-        common.parse_settings(Dials, Switches)
+        parse_settings(Dials, Switches)
     message = str(caught.value)
     assert "\n" not in message and "--help" in message and "_parse" not in message
     for name in named:
@@ -294,24 +306,24 @@ def test_a_wrong_setting_is_one_line_that_helps(command_line, words, named):
 def test_overrides_come_before_the_command_line(command_line):
     """In a script the command line has the last word over the OVERRIDES text."""
     command_line("--depth", "5")
-    assert common.parse_settings(Dials, overrides="--depth 4 --title x")[0] == {"depth": 5, "title": "x"}
+    assert parse_settings(Dials, overrides="--depth 4 --title x")[0] == {"depth": 5, "title": "x"}
 
 
 def test_in_a_notebook_only_the_overrides_count(command_line, notebook):
     """A kernel's own command line (-f connection.json) is not the user's, and its excepthook is not ours to change."""
     hook = sys.excepthook
     command_line("-f", "/tmp/kernel.json", "--depth", "5")
-    assert common.parse_settings(Dials, overrides="--title x")[0] == {"title": "x"}
+    assert parse_settings(Dials, overrides="--title x")[0] == {"title": "x"}
     assert sys.excepthook is hook
     with pytest.raises(UserError, match="--depth"):
-        common.parse_settings(Dials, overrides="--dept 4")
+        parse_settings(Dials, overrides="--dept 4")
 
 
 def test_help_shows_every_setting_with_its_default(command_line, capsys):
     """--help lists name, meaning and default of each field, % signs included, and ends the program with success."""
     command_line("--help")
     with pytest.raises(SystemExit) as ended:
-        common.parse_settings(Dials, Switches)
+        parse_settings(Dials, Switches)
     assert not ended.value.code
     shown = " ".join(capsys.readouterr().out.split())
     for cls in (Dials, Switches):
@@ -323,12 +335,12 @@ def test_help_shows_every_setting_with_its_default(command_line, capsys):
 
 def test_errors_of_a_script_are_one_line_or_a_traceback(capsys):
     """Bad input is told in one line on stderr; a bug keeps its traceback, which is what its reporter needs."""
-    common.print_one_line_errors(UserError, UserError("depth=0: must be more"), None)
+    print_one_line_errors(UserError, UserError("depth=0: must be more"), None)
     assert capsys.readouterr() == ("", "error: depth=0: must be more\n")
     try:
         raise RuntimeError("a bug")
     except RuntimeError as error:
-        common.print_one_line_errors(type(error), error, error.__traceback__)
+        print_one_line_errors(type(error), error, error.__traceback__)
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -339,14 +351,14 @@ def test_errors_of_a_script_are_one_line_or_a_traceback(capsys):
 def test_the_first_interrupt_is_noted_and_the_second_is_raised():
     """One Ctrl-C asks for a clean end, two break off; afterwards the old handler is back."""
     before = signal.getsignal(signal.SIGINT)
-    with common.deferred_interrupt() as stop:
+    with deferred_interrupt() as stop:
         assert not stop.requested
         signal.raise_signal(signal.SIGINT)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(RuntimeError), common.deferred_interrupt() as stop:
+    with pytest.raises(RuntimeError), deferred_interrupt() as stop:
         assert not stop.requested, "a new one begins afresh"
         raise RuntimeError
     assert signal.getsignal(signal.SIGINT) is before
@@ -357,7 +369,7 @@ def test_a_deferred_interrupt_does_nothing_in_another_thread():
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def work():
-        with common.deferred_interrupt() as stop:
+        with deferred_interrupt() as stop:
             seen.append((stop.requested, signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=work)
@@ -373,16 +385,16 @@ def test_a_deferred_interrupt_does_nothing_in_another_thread():
 def test_home_is_where_the_environment_says(monkeypatch):
     """ONECHIP_HOME moves everything that is shared between runs; empty counts as unset."""
     monkeypatch.setenv("ONECHIP_HOME", "/somewhere")
-    assert str(common.home()) == "/somewhere"
+    assert str(home()) == "/somewhere"
     monkeypatch.setenv("ONECHIP_HOME", "")
-    assert common.home().parts[-2:] == (".cache", "onechip")
+    assert home().parts[-2:] == (".cache", "onechip")
 
 
 def test_git_commit_marks_changed_files(tmp_path, monkeypatch):
     """A run's record names the commit, with + behind it once a tracked file is changed; None outside a checkout."""
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert common.git_commit() is None
+    assert git_commit() is None
 
     def git(*words):
         identity = ["-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false"]
@@ -395,15 +407,15 @@ def test_git_commit_marks_changed_files(tmp_path, monkeypatch):
     git("commit", "-m", "x")
     commit = git("rev-parse", "HEAD")
     (tmp_path / "untracked").write_text("a run's own output is no change\n")
-    assert common.git_commit() == commit and len(commit) == 40
+    assert git_commit() == commit and len(commit) == 40
     (tmp_path / "common.py").write_text("2\n")
-    assert common.git_commit() == commit + "+"
+    assert git_commit() == commit + "+"
 
 
 def test_git_commit_is_none_without_git(monkeypatch):
     """A machine without git can train all the same."""
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert common.git_commit() is None
+    assert git_commit() is None
 
 
 @pytest.mark.parametrize(
@@ -414,7 +426,7 @@ def test_a_tpu_is_known_by_its_pci_id(tmp_path, monkeypatch, vendor, device, fou
     (tmp_path / "vendor").write_text(vendor + "\n")
     (tmp_path / "device").write_text(device + "\n")
     monkeypatch.setattr(common.glob, "glob", lambda pattern: [str(tmp_path / "vendor")])
-    assert common.has_tpu() is found
+    assert has_tpu() is found
 
 
 NOTED = (
@@ -435,7 +447,7 @@ def run_quiet_jax(monkeypatch, tpu, gpu, **given):
     updates = []
     jax = types.SimpleNamespace(config=types.SimpleNamespace(update=lambda *pair: updates.append(pair)))
     monkeypatch.setitem(sys.modules, "jax", jax)
-    common.quiet_jax()
+    quiet_jax()
     return {name: os.environ.get(name) for name in NOTED}, updates
 
 
@@ -475,9 +487,9 @@ def test_compiled_programs_are_kept_under_home_unless_a_user_chose_a_place(monke
 
     before = jax.config.jax_compilation_cache_dir
     try:
-        for chosen, used in ((None, str(common.home() / "compiled")), ("elsewhere", "elsewhere")):
+        for chosen, used in ((None, str(home() / "compiled")), ("elsewhere", "elsewhere")):
             jax.config.update("jax_compilation_cache_dir", chosen)
-            common.keep_compiled()
+            keep_compiled()
             assert jax.config.jax_compilation_cache_dir == used
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
@@ -486,7 +498,7 @@ def test_compiled_programs_are_kept_under_home_unless_a_user_chose_a_place(monke
 def test_a_machine_is_only_given_back_on_colab(monkeypatch, capsys):
     """Anywhere else there is nothing to give back, and not a word about it."""
     monkeypatch.delitem(sys.modules, "google.colab", raising=False)
-    common.give_back_machine("an address")
+    give_back_machine("an address")
     assert capsys.readouterr().out == ""
 
 
@@ -498,6 +510,6 @@ def test_what_is_left_in_a_run_is_what_is_there(tmp_path):
         (tmp_path / name).touch()
     train = importlib.import_module("02_train")
     result = types.SimpleNamespace(step=3, val_bpb=None, samples=[("a", "b")], run_dir=tmp_path)
-    lines = common.describe_result(result, train.Config(num_iterations=7)).splitlines()
+    lines = describe_result(result, train.Config(num_iterations=7)).splitlines()
     assert lines[0] == "trained: 3 of 7 steps"
     assert lines[-1] == f"left in {tmp_path}: checkpoints/, config.json, events.*, model/, profile/"

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from hub import Hub
 
-import common
+from onechip.card import model_card
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -63,7 +63,7 @@ def test_a_card_names_its_dataset_and_does_not_need_a_score(uploaded):
     _, folder = uploaded
     result = train.Result({}, 3, None, None, 2.4, [], folder)
     about = json.loads((folder / "config.json").read_text()) | {"commit": None}
-    text = common.model_card(result, about, 5, "pass", tok.FINEWEB_REPO)
+    text = model_card(result, about, 5, "pass", tok.FINEWEB_REPO)
     assert huggingface_hub.ModelCard(text).data.datasets == [tok.FINEWEB_REPO]
     assert "| held-out text | not taken yet |" in text and "commit unknown" in text
 

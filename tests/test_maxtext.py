@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 from test_model import attention_reference, distance, norm_reference, random_tokens, rope_reference
 from test_training import assert_same_end, corpus, read_rows, tokenizer  # noqa: F401  (two of them fixtures)
 
-import common
-from common import UserError
+from onechip.checkpoints import fixed_fields
+from onechip.errors import UserError
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -313,8 +313,8 @@ def test_every_side_of_every_default_matrix_is_a_multiple_of_256():
 def test_config_is_static_to_jit_and_its_model_may_not_change_within_a_run():
     """Every size of the model is fixed, with what 02 fixes for any model; rates and batches per device are not."""
     sizes = {"n_embd", "n_layer", "n_head", "n_kv_head", "head_dim", "mlp_dim"}
-    shared = set(common.fixed_fields(train.Config)) - {"aspect_ratio"}
-    assert set(common.fixed_fields(maxtext.Config)) == sizes | shared
+    shared = set(fixed_fields(train.Config)) - {"aspect_ratio"}
+    assert set(fixed_fields(maxtext.Config)) == sizes | shared
     traced = []
 
     @jax.jit

@@ -22,8 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import UserError
-
 train = importlib.import_module("02_train")
 
 ROOT = Path(__file__).resolve().parent.parent

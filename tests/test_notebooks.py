@@ -322,7 +322,7 @@ def test_runs_from_top_to_bottom(name, tmp_path):
 def test_a_picture_is_live(tmp_path):
     """Each picture takes the place of the last one of its cell, above the text, and another cell has its own."""
     save = "from matplotlib.figure import Figure\nfor n in '123': Figure(figsize=(int(n), 1)).savefig(n + '.png')"
-    first = "common.show_picture(None); print('text'); common.show_picture('1.png'); common.show_picture('2.png')"
+    first = "common.show_picture(None); print('text'); show_picture('1.png'); show_picture('2.png')"
     cells = [
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common\n{save}",
         first,

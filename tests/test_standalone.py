@@ -202,7 +202,7 @@ def test_secrets_as_colab_gives_them(tmp_path):
     """A secret granted, denied, missing or late: its value, or None with one line that says why; never an error."""
     secrets = {"GRANTED": "s3cret", "DENIED": "NotebookAccessError", "LATE": "TimeoutException"}
     environment = colab(tmp_path, "nowhere", COLAB_SECRETS=json.dumps(secrets))
-    reads = [f"print('->', common.read_secret({name!r}))" for name in ("GRANTED", "DENIED", "LATE", "MISSING")]
+    reads = [f"print('->', read_secret({name!r}))" for name in ("GRANTED", "DENIED", "LATE", "MISSING")]
     printed = run_cells(
         [f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common", *reads], tmp_path, **environment
     )

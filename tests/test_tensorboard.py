@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-import chip
-import common
+from onechip.chips import CHIPS, Chip
+from onechip.runlog import CHARTS, RunLog
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -60,7 +60,7 @@ def charts_of(rows):
     """The same from rows of metrics.jsonl."""
     charts = {}
     for row in rows:
-        for name, tag in common.CHARTS.items():
+        for name, tag in CHARTS.items():
             if name in row:
                 charts.setdefault(tag, []).append((row["step"], pytest.approx(row[name])))
     return charts
@@ -68,7 +68,7 @@ def charts_of(rows):
 
 def write_log(folder, old, new):
     """A process's share of a run: begins with the rows `old`, adds `new`."""
-    log = common.RunLog(folder / "metrics.jsonl", 100, 0, tokens_per_step=8, rows=old)
+    log = RunLog(folder / "metrics.jsonl", 100, 0, tokens_per_step=8, rows=old)
     for row in new:
         log.write(row)
     log.close()
@@ -85,7 +85,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 
 def test_a_run_needs_no_tensorboard(tmp_path):
     """Where it is not installed, training goes on with metrics.jsonl alone and without a word."""
-    code = "import common, pathlib, sys; log = common.RunLog(pathlib.Path(sys.argv[1]) / 'metrics.jsonl', 9, 0, 8); "
+    code = "import common, pathlib, sys; log = RunLog(pathlib.Path(sys.argv[1]) / 'metrics.jsonl', 9, 0, 8); "
     code += "log.write({'step': 1, 'loss': 2.0}); log._bar.disable = True; log.close()"
     hidden = os.environ | {"HIDDEN_MODULES": "tensorboard"}
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=hidden, capture_output=True, text=True)
@@ -110,7 +110,7 @@ def tiny_run(tmp_path_factory):
     sizes = {"n_head": 2, "head_dim": 8, "aspect_ratio": 8, "vocab_size": 280, "seq_len": 24, "attn_impl": "einsum"}
     batches = {"device_batch_size": 2, "total_batch_size": 2, "num_iterations": 24, "eval_every": 8, "eval_tokens": 99}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(chip.CHIPS, "cpu", chip.Chip(1e12))
+        patch.setitem(CHIPS, "cpu", Chip(1e12))
         train.train(train.Config(dtype="float32", **sizes, **batches), corpus, tokenizer, folder / "runs" / "tiny")
     return folder / "runs" / "tiny"
 
@@ -193,7 +193,7 @@ def test_the_charts_are_in_the_browser(browser, board, tmp_path):
     browser.set_window_size(1500, 2300)  # a card below the fold is not drawn
     drawn = """return Array.from(document.querySelectorAll('card-view')).filter(c => c.querySelector('svg, canvas'))
         .map(c => c.textContent.replace(/\\s+/g, ' '))"""
-    wanted = [tag.split("/")[1] for tag in common.CHARTS.values()]
+    wanted = [tag.split("/")[1] for tag in CHARTS.values()]
     wait_for(lambda: all(any(tag in card for card in look(browser, drawn) or []) for tag in wanted))
     keep_picture(browser, "scalars.png", tmp_path)
 
@@ -234,7 +234,7 @@ def test_an_open_tensorboard_follows_a_resumed_run(board, tiny_run):
     wait_for(lambda: len(chart("loss/training, nats per token")) == 24)
     for tag, expected in charts_of(rows).items():
         wait_for(lambda tag=tag, expected=expected: points(tag) == expected)
-    assert set(charts_of(rows)) == set(common.CHARTS.values())
+    assert set(charts_of(rows)) == set(CHARTS.values())
     kept = [row for row in rows if row["step"] <= 16]
     again = [row | {"loss": 1.0} if "loss" in row else row for row in rows if row["step"] > 16]
     write_log(tiny_run, kept, again)

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from hub import Fault, Hub
 
-import common
+from onechip.errors import UserError
+from onechip.hub import upload_folder
 
 tok = importlib.import_module("01_tokenizer")
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,7 @@ def test_row_groups_are_read_one_at_a_time(tmp_path):
     path.write_bytes(raw)
     stream = tok.read_documents([path])
     assert [next(stream)[1][0] for _ in range(3)] == list("abc")
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(UserError) as error:
         next(stream)
     assert "a.parquet" in one_line(error) and "row group 1" in str(error.value)
 
@@ -339,7 +340,7 @@ def test_get_tokenizer_trains_once_for_each_corpus(corpus, tmp_path, monkeypatch
     (folder / "trained_on.json").write_text("{")
     assert tok.tokenizer_hash(tok.get_tokenizer(corpus, 400)) and len(trained) == 4
     tok.save_tokenizer(tok.get_tokenizer(corpus, 401), folder / "tokenizer.json")
-    with pytest.raises(common.UserError, match="holds 401 tokens, not 400"):
+    with pytest.raises(UserError, match="holds 401 tokens, not 400"):
         tok.get_tokenizer(corpus, 400)
 
 
@@ -360,7 +361,7 @@ def test_a_full_disk_keeps_the_old_tokenizer(tokenizer, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(UserError) as error:
         tok.save_tokenizer(tokenizer, path)
     assert "tokenizer.json" in one_line(error) and "full" in str(error.value)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
@@ -373,7 +374,7 @@ def test_gzip_bits_per_byte_counts_each_document():
     assert tok.gzip_bits_per_byte(iter(documents)) == pytest.approx(
         8 * sum(sizes) / sum(map(len, documents)), rel=1e-12
     )
-    with pytest.raises(common.UserError):
+    with pytest.raises(UserError):
         tok.gzip_bits_per_byte([])
 
 
@@ -403,7 +404,7 @@ def test_bad_shards_are_refused_by_name(tmp_path, kind):
     """Each kind of bad shard is refused in one line that names the file and what is wrong with it."""
     path = tmp_path / "shard_00007.parquet"
     named = make_bad_shard(path, kind)
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(UserError) as error:
         list(tok.read_documents([path]))
     assert "shard_00007.parquet" in one_line(error) and named in str(error.value)
 
@@ -421,26 +422,26 @@ def test_folder_corpora(tmp_path, capsys):
 
 def test_bad_folders_are_refused(tmp_path):
     """No such folder, no shard to hold out, a bad shard among good ones, no documents: one line each."""
-    with pytest.raises(common.UserError, match="finewebb"):
+    with pytest.raises(UserError, match="finewebb"):
         tok.get_corpus("finewebb", 1)
     write_parquet(tmp_path / "a.parquet", ["a"])
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(UserError) as error:
         tok.folder_corpus(tmp_path)
     assert "1 parquet" in one_line(error)
     (tmp_path / "b.parquet").write_bytes(b"no")
-    with pytest.raises(common.UserError, match=r"b\.parquet"):
+    with pytest.raises(UserError, match=r"b\.parquet"):
         tok.folder_corpus(tmp_path)
     write_parquet(tmp_path / "b.parquet", pa.array([], pa.string()))
-    with pytest.raises(common.UserError, match="0 held out"):
+    with pytest.raises(UserError, match="0 held out"):
         tok.get_corpus(str(tmp_path), 1)
 
 
 def test_bad_vocabularies_are_refused():
     """Too small for bytes and special tokens, or too large for the text: refused with the numbers."""
-    with pytest.raises(common.UserError, match="265 or more.*not 264"):
+    with pytest.raises(UserError, match="265 or more.*not 264"):
         tok.train_tokenizer(["abc"], 264)
     assert tok.train_tokenizer(["abc"], 265).get_vocab_size() == 265
-    with pytest.raises(common.UserError, match="gives 2.. tokens, not 1000") as error:
+    with pytest.raises(UserError, match="gives 2.. tokens, not 1000") as error:
         tok.train_tokenizer(["abc abd"], 1_000)
     one_line(error)
 
@@ -457,7 +458,7 @@ def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
     for content in (None, "", whole[:5000], '{"a": 1}', other, gap, words):
         if content is not None:
             path.write_text(content)
-        with pytest.raises(common.UserError) as error:
+        with pytest.raises(UserError) as error:
             tok.load_tokenizer(path)
         assert str(path) in one_line(error)
 
@@ -465,9 +466,9 @@ def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
 def test_fineweb_arguments_are_checked():
     """A number of shards or a revision that cannot be is refused before anything is asked of the Hub."""
     for number in (0, 1823):
-        with pytest.raises(common.UserError, match=f"not {number}"):
+        with pytest.raises(UserError, match=f"not {number}"):
             tok.fineweb_corpus(number)
-    with pytest.raises(common.UserError, match="'main'"):
+    with pytest.raises(UserError, match="'main'"):
         tok.fineweb_corpus(1, revision="main")
 
 
@@ -612,7 +613,7 @@ def test_downloads_that_cannot_succeed_are_refused(tmp_path):
             "asked = [(2, 'b' * 40), (1, 'c' * 40), (1, 'd' * 40), (50, 'e' * 40)]\n"
             "for number, revision in ((3, tok.FINEWEB_REVISION), *asked):\n"
             "    try:\n        tok.fineweb_corpus(number, revision=revision)\n"
-            "    except common.UserError as error:\n        print('refused', error)\n"
+            "    except UserError as error:\n        print('refused', error)\n"
         )
         said = [line for line in finish(run_client(hub, tmp_path, code)).splitlines() if line.startswith("refused")]
         assert len(said) == 5
@@ -671,9 +672,9 @@ def test_the_whole_run_uploads_to_the_hub(tmp_path):
 def test_no_upload_is_said_and_ends_nothing(tmp_path, capsys):
     """Without a token, or with one that the Hub refuses, one line says so and the run goes on."""
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert common.upload_folder(tmp_path, ["tokenizer.json"], None) is None
+    assert upload_folder(tmp_path, ["tokenizer.json"], None) is None
     assert "no HF_TOKEN" in capsys.readouterr().out
     with Hub() as hub:
-        code = f"print(common.upload_folder({str(tmp_path)!r}, ['tokenizer.json'], 'hf_wrong', 'someone/x'))"
+        code = f"print(upload_folder({str(tmp_path)!r}, ['tokenizer.json'], 'hf_wrong', 'someone/x'))"
         said = finish(run_client(hub, tmp_path, code))
         assert "upload: none" in said and said.endswith("None\n") and "hf_wrong" not in said

@@ -34,8 +34,11 @@ from conftest import ROOT
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-import common
-from common import UserError
+from onechip.checkpoints import newest_checkpoint, write_checkpoint
+from onechip.errors import UserError
+from onechip.profile import ProfileWindow
+from onechip.runlog import RunLog
+from onechip.settings import Run, choose
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -418,7 +421,7 @@ def read_rows(path):
 
 
 def newest_checkpoint(run_dir):
-    return common.newest_checkpoint(Path(run_dir) / "checkpoints")
+    return newest_checkpoint(Path(run_dir) / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -979,7 +982,7 @@ def test_the_newest_checkpoint_is_the_furthest_and_never_half_a_one(tmp_path):
     """By step number and not by date; what was left half-written is not looked at."""
     assert newest_checkpoint(tmp_path) is None
     for step in (9, 10, 2):
-        common.write_checkpoint(tmp_path / "checkpoints" / f"step_{step:08d}", {"a": b"a"})
+        write_checkpoint(tmp_path / "checkpoints" / f"step_{step:08d}", {"a": b"a"})
     (tmp_path / "checkpoints" / ".step_00000011.part").mkdir()
     assert newest_checkpoint(tmp_path).name == "step_00000010"
 
@@ -993,7 +996,7 @@ def test_the_bar_shows_speed_without_the_pauses(tmp_path, monkeypatch, request):
     now = [100.0]
     monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
     (tmp_path / "metrics.jsonl").write_text("")
-    log = common.RunLog(tmp_path / "metrics.jsonl", 60, 0, tokens_per_step=1000, peak_rate=5000.0)
+    log = RunLog(tmp_path / "metrics.jsonl", 60, 0, tokens_per_step=1000, peak_rate=5000.0)
     request.addfinalizer(log.close)
     shown = []
 
@@ -1130,7 +1133,7 @@ def test_the_profile_is_steps_15_to_20(straight):
 )
 def test_the_profile_adapts_to_short_runs(tmp_path, steps, traced):
     """A run too short for steps 15 to 20 traces its last five, or all it has; something ran in each."""
-    window = common.ProfileWindow(tmp_path / "profile", steps)
+    window = ProfileWindow(tmp_path / "profile", steps)
     double = jax.jit(lambda x: 2 * x)
     x = double(jnp.ones(()))
     for step in range(steps):
@@ -1144,7 +1147,7 @@ def test_the_profile_adapts_to_short_runs(tmp_path, steps, traced):
 
 def test_no_steps_leave_no_profile(tmp_path):
     """A finished run started again opens no trace and closes without one."""
-    window = common.ProfileWindow(tmp_path / "profile", 0)
+    window = ProfileWindow(tmp_path / "profile", 0)
     window.close()
     assert trace_files(tmp_path) == []
 
@@ -1155,7 +1158,7 @@ def test_the_profile_waits_for_its_last_step(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "block_until_ready", lambda x: order.append(("wait", x)))
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *args, **kwargs: order.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: order.append("stop"))
-    window = common.ProfileWindow(tmp_path, 7)
+    window = ProfileWindow(tmp_path, 7)
     for step in range(7):
         with window.before(step):
             order.append(step)
@@ -1295,7 +1298,7 @@ def test_help_lists_every_setting():
     code, out, err = finish(start("--help"))
     assert code == 0 and err == ""
     shown = " ".join(out.split())
-    for cls in (common.Run, train.Config):
+    for cls in (Run, train.Config):
         for field in dataclasses.fields(cls):
             assert f"--{field.name}" in shown
             meaning = " ".join(f"{field.metadata['help']} (default: {field.default!r})".split())
@@ -1327,7 +1330,7 @@ def choose(monkeypatch, capsys):
     def call(overrides="", platform="cpu"):
         device = type("Device", (), {"platform": platform, "device_kind": f"some {platform}"})()
         monkeypatch.setattr(jax, "local_devices", lambda: [device])
-        run, config = common.choose(train.Config, train.PRESETS, overrides)
+        run, config = choose(train.Config, train.PRESETS, overrides)
         return run, config, capsys.readouterr().out
 
     return call

@@ -23,8 +23,10 @@ import pytest
 from conftest import ROOT
 from execute import TINY
 
-import common
-from common import UserError
+from onechip.checkpoints import newest_checkpoint
+from onechip.errors import UserError, first_line
+from onechip.machine import git_commit
+from onechip.settings import Run
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -58,7 +60,7 @@ def corpus():
 
 def make_sweep(corpus, space=SPACE, settings=(), **fields):
     settings = worker.Worker(**dict(settings))
-    run = common.Run(preset="laptop", data="offline", num_shards=1)
+    run = Run(preset="laptop", data="offline", num_shards=1)
     return worker.make_sweep(settings, run, train.Config(**{**MODEL, **fields}), space, corpus)
 
 
@@ -101,13 +103,13 @@ def test_what_no_trial_could_run_is_told_when_the_sweep_is_made(corpus, space, w
 @pytest.mark.parametrize("preset", sorted(worker.TRIALS))
 def test_the_default_sweeps_can_be_made(corpus, preset):
     """Every combination of extremes of each preset's space is a Config; the names are what the sweep is about."""
-    run = common.Run(preset=preset, data="offline", num_shards=1)
+    run = Run(preset=preset, data="offline", num_shards=1)
     config = train.Config(**worker.TRIALS[preset])
     sweep = worker.make_sweep(worker.Worker(), run, config, worker.SPACES[preset], corpus)
     assert len(worker.check_sweep(sweep)) >= 96
     assert set(worker.swept(sweep)) == set(worker.SPACE)
     assert sweep["parameters"]["data_revision"] == {"value": corpus.revision}
-    assert sweep["parameters"]["commit"] == {"value": common.git_commit() or ""}
+    assert sweep["parameters"]["commit"] == {"value": git_commit() or ""}
 
 
 @pytest.mark.parametrize("budget", ["tokens", "flops"])
@@ -172,7 +174,7 @@ def exhaust_memory(step):
 
 def test_ten_failures_leave_nothing_behind_and_the_eleventh_trial_runs(corpus, tmp_path, monkeypatch):
     """A traceback that is kept, by a logger or a debugger, must not keep the failed trial's parameters with it."""
-    kept, first_line = [], common.first_line
+    kept, first_line = [], first_line
     monkeypatch.setattr(common, "first_line", lambda error: kept.append(error) or first_line(error))
     faults = [{}, {"learning_rate": 1e30}, {"eval_tokens": 1 << 40}, {"n_kv_head": 7}]
     words = ["RESOURCE_EXHAUSTED", "is nan|is inf|not finite", "eval_tokens", "n_kv_head"]
@@ -242,7 +244,7 @@ def test_an_interrupted_trial_goes_on_as_if_nothing_had_been(corpus, tmp_path):
     job = job_of(corpus, tmp_path / "trial")
     outcome = worker.run_trial(job._replace(on_evaluation=interrupt), corpus, Interrupt)
     assert outcome == ("interrupted", "the worker was stopped")
-    assert common.newest_checkpoint(job.run_dir / "checkpoints")
+    assert newest_checkpoint(job.run_dir / "checkpoints")
     again = job_of(corpus, tmp_path / "trial")
     assert worker.run_trial(again, corpus) == ("finished", "")
     alone = job_of(corpus, tmp_path / "alone")

@@ -1,0 +1,49 @@
+"""Pictures: the loss curve, and how a notebook shows it."""
+
+import itertools
+
+from onechip.files import atomic_write
+from onechip.machine import in_notebook
+
+
+def show_picture(path):
+    """Shows a PNG below the running cell of a notebook, in place of the last one; None keeps the place for one."""
+    if in_notebook():
+        from IPython import get_ipython
+        from IPython.display import HTML, Image, display
+
+        cell = f"onechip-{get_ipython().execution_count}"
+        display(Image(path, width=800) if path else HTML(), display_id=cell, update=cell in show_picture.cells)
+        show_picture.cells.add(cell)
+
+
+show_picture.cells = set()
+
+
+def plot_losses(rows, gzip_bpb, path):
+    """Writes loss.png from rows of metrics.jsonl: training and held-out loss, and the learning rate below."""
+    from matplotlib.figure import Figure
+
+    steps, evals = ([row for row in rows if name in row] for name in ("loss", "val_loss"))
+    x, loss = [row["step"] for row in steps], [row["loss"] for row in steps]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    above.plot(x, loss, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, every step")
+    span = max(20, len(loss) // 100)
+    if len(loss) >= span:
+        sums = list(itertools.accumulate(loss, initial=0.0))
+        mean = [(b - a) / span for a, b in zip(sums, sums[span:], strict=False)]
+        above.plot(x[span - 1 :], mean, color="tab:blue", label=f"training, mean of {span} steps")
+    dots = {"marker": "o", "markersize": 6 if len(evals) < 20 else 2}
+    above.plot([row["step"] for row in evals], [row["val_loss"] for row in evals], color="C1", label="held out", **dots)
+    bits = f"{evals[-1]['val_bpb']:.3f} bits per byte held out; gzip -9 needs {gzip_bpb:.3f}" if evals else "training"
+    above.set(title=bits, ylabel="loss, nats per token", yscale="log")
+    for axis_format in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
+        axis_format("{x:.4g}")
+    above.legend()
+    above.grid(alpha=0.3, which="both")
+    below.plot(x, [row["lr"] for row in steps], color="tab:green")
+    below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    below.grid(alpha=0.3)
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=120)
