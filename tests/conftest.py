@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CHILD = ROOT / "tests" / "child"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(CHILD)]
+SUPPORT = ROOT / "tests" / "support"
+CHILD = SUPPORT / "child"
+sys.path[:0] = [str(ROOT), str(SUPPORT), str(ROOT / "tests"), str(CHILD)]
 
 # Kept by name: its finalizer removes the folder when the interpreter ends.
 _scratch = tempfile.TemporaryDirectory(prefix="onechip-tests-", ignore_cleanup_errors=True)
@@ -28,6 +29,8 @@ sys.dont_write_bytecode = False
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHILD), os.environ.get("PYTHONPATH")]))
 
 import offline  # noqa: E402, F401  (this process too)
+
+import onechip  # noqa: E402, F401  (before jax)
 
 
 def pytest_collection_modifyitems(items):
