@@ -1,10 +1,11 @@
-"""What a chip can do, and what its compiler says of a program before it runs: bytes by kind, and time by estimate.
+"""What is known about a step before it runs: bytes at its fullest moment, and an estimate of its time.
 
-The estimate is the TPU compiler's own. It writes `estimated_cycles` on every fusion and product of an optimized
-program; this adds them up, loops times their trip counts. Of a Pallas kernel it says nothing, so kernels are counted in
-instruction bundles, one a cycle, as Mosaic schedules them for a tile. Against published v6e timings of this model
-family the sum is 20 % too low for einsum attention and 20 to 25 % too high for Splash: compare estimates with
-estimates, and trust ratios more than milliseconds.
+The estimate of time is the TPU compiler's own. It writes `estimated_cycles` on every fusion and product of an optimized
+program. This module adds them up, each loop's as often as the loop runs. The compiler reports nothing about Pallas
+kernels. For those, the instruction bundles that Mosaic schedules for a tile are counted, one bundle a cycle. Against
+the v6e timings of this model family in vorushin/tpuchat (https://github.com/vorushin/tpuchat), the sum is 20 % too low
+for einsum attention and 20 to 25 % too high for Splash: compare estimates with estimates, and trust ratios more than
+milliseconds.
 """
 
 import math
@@ -12,18 +13,21 @@ import re
 
 from onechip.chips import CHIPS, GIB
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
 
 def peak_bytes(compiled, platform):
     """Bytes in use at the fullest moment of a compiled program on one device."""
     m = compiled.memory_analysis()
     if platform == "tpu":
         return m.peak_memory_in_bytes
-    # elsewhere that figure leaves the temporaries out
+    # On other platforms that figure leaves out the temporaries.
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def bytes_needed(error):
-    """The bytes that an out-of-memory error of XLA names, or None if it is another error or names none."""
+    """The largest size in an out-of-memory error of XLA, in bytes, 0 if it states none; None for any other error."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
         return None
@@ -32,11 +36,54 @@ def bytes_needed(error):
     return int(max(sizes, default=0))
 
 
-# Bundles of one head, forward and backward together. Ours: per block of 512 tokens (RoPE, norms) and per visited tile.
+def compute_width(config):
+    """Bytes of a number in the compute type."""
+    return 2 if config.dtype == "bfloat16" else 4
+
+
+def memory_parts(config, count, peak):
+    """{what: bytes} of a training step that needs `peak` bytes; count as Workload.count returns it.
+
+    Parameters and gradients are float32. What is left of the peak is activations.
+    """
+    width, tokens = compute_width(config), config.device_batch_size * config.seq_len
+    params = count["params"]
+    parts = {"parameters": 4 * params, "optimizer": count["state_bytes"], "gradients": 4 * params}
+    if width == 2:
+        parts["bfloat16 weights"] = 2 * params
+    parts["logits"] = min(config.loss_slice, tokens) * config.vocab_size * width
+    return {**parts, "activations": max(0, peak - sum(parts.values()))}
+
+
+def resident_bytes(count):
+    """Bytes that stay on the device from step to step: float32 parameters and the optimizer's state."""
+    return 4 * count["params"] + count["state_bytes"]
+
+
+def layer_inputs(config):
+    """Numbers in the inputs of all layers; activations are taken to be proportional to it."""
+    return config.device_batch_size * config.seq_len * config.n_layer * config.n_embd
+
+
+def least_bytes(config, count):
+    """Bytes that a step cannot do without, counted low; count as Workload.count returns it.
+
+    Parameters, optimizer, and each layer's input, which even recomputation keeps. With them either the logits of a
+    slice, or the scores of an eighth of the queries in the attentions that write scores down.
+    """
+    tokens = config.device_batch_size * config.seq_len
+    logits = min(config.loss_slice, tokens) * config.vocab_size
+    scores = config.n_head * tokens * config.seq_len // 8 if config.attn_impl in ("einsum", "jax") else 0
+    return resident_bytes(count) + compute_width(config) * (layer_inputs(config) + max(logits, scores))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+
+# Instruction bundles of one head, forward + backward.
+# Ours: {head_dim: (per block of 512 tokens, for RoPE and norms; per visited tile)}.
 FUSED_BUNDLES = {128: (408 + 725, 535 + 1341), 256: (595 + 1370, 741 + 1342)}
-
-
-# Splash: per visited block, {(block, head_dim): bundles}.
+# Splash: {(block, head_dim): per visited block}.
 SPLASH_BUNDLES = {
     (256, 128): 993 + 1013 + 658, (512, 128): 1504 + 1722 + 1255, (1024, 128): 4225 + 5126 + 3937,
     (256, 256): 986 + 1155 + 730, (512, 256): 1569 + 1912 + 1391, (1024, 256): 4341 + 5536 + 4277,
@@ -44,11 +91,11 @@ SPLASH_BUNDLES = {
 
 
 def kernel_cycles(config, sequences):
-    """Cycles of all attention kernels over so many sequences: 0 without kernels, None for a shape never looked at."""
+    """Cycles of all attention kernels for that many sequences; None for a shape that the tables lack."""
     c, total = config, 0
     if c.attn_impl not in ("pallas", "splash"):
         return 0
-    import kernels
+    from onechip import kernels  # here, because Pallas takes 0.3 s to import
 
     block = kernels.block_size(c.seq_len) if c.attn_impl == "pallas" else math.gcd(c.seq_len, kernels.SPLASH_BLOCK)
     ours, splash = FUSED_BUNDLES.get(c.head_dim), SPLASH_BUNDLES.get((block, c.head_dim))
@@ -79,12 +126,12 @@ def split_computations(hlo):
 
 
 def bound_of(condition):
-    """What a loop that counts from 0 counts up to: the one constant that its condition compares with."""
+    """How often a loop that counts from 0 runs: the constant that its condition compares with."""
     return max((int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)), default=1)
 
 
 def xla_cycles(hlo):
-    """The sum of a TPU program's estimated cycles, what a loop does times the times it does it; 0 if it has none."""
+    """The sum of a TPU program's estimated cycles, a loop's times its number of runs; 0 if the program has none."""
     computations, entry = split_computations(hlo)
 
     def cycles(name):
@@ -95,17 +142,19 @@ def xla_cycles(hlo):
                 total += cycles(loop[2]) * (int(known[1]) if known else bound_of(computations[loop[1]]))
             elif call := re.search(r" call\(.*to_apply=%?([\w.-]+)", line):
                 total += cycles(call[1])
-            elif estimate := re.search(r'"estimated_cycles":"(\d{1,15})"', line):  # 2 ** 63 - 1 says that there is none
+            elif estimate := re.search(r'"estimated_cycles":"(\d{1,15})"', line):  # 2 ** 63 - 1: none
                 total += int(estimate[1])
         return total
 
     return cycles(entry)
 
 
-def step_seconds(config, compiled, device):
-    """Estimated seconds of a compiled step on one TPU chip; None where there is no estimate."""
-    chip, sequences = CHIPS.get(device.device_kind), config.total_batch_size
+def step_seconds(config, compiled, mesh):
+    """Estimated seconds of a compiled step, each device with its share of the batch; None if there is no estimate."""
+    device = mesh.devices.flat[0]
+    chip = CHIPS.get(device.device_kind)
     if device.platform != "tpu" or not (chip and chip.clock):
         return None
-    xla, kernel = xla_cycles(compiled.as_text()), kernel_cycles(config, sequences)
+    xla = xla_cycles(compiled.as_text())
+    kernel = kernel_cycles(config, config.total_batch_size // mesh.size)
     return (xla + kernel) / chip.clock if xla and kernel is not None else None

@@ -1,31 +1,55 @@
-"""Will a training step fit, and how fast will it be? Compiled, not guessed, before anything is downloaded."""
+"""Will a training step fit in memory, and how fast will it be? Compiled, not guessed, before anything is downloaded.
 
-import contextlib
+A training step comes as a Workload. `preflight` refuses one that does not fit and names the nearest config that does;
+`explore` compares microbatches and searches for the largest batch. Nothing is run, and a TPU need not be attached.
+"""
+
 import dataclasses
-import math
+import time
+import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 
-from onechip.chips import GIB
+from onechip.chips import CHIPS, GIB, memory_limit, name_of
 from onechip.errors import UserError
+from onechip.estimate import (
+    bytes_needed,
+    layer_inputs,
+    least_bytes,
+    memory_parts,
+    peak_bytes,
+    resident_bytes,
+    step_seconds,
+)
 
 
-def memory_parts(config, params, peak):
-    """{what: bytes} of a training step with `params` parameters; what is left of the peak is activations."""
-    width, tokens = (2 if config.dtype == "bfloat16" else 4), config.device_batch_size * config.seq_len
-    parts = {"parameters": 4 * params, "moments": 8 * params, "gradients": 4 * params}
-    if width == 2:
-        parts["bfloat16 weights"] = 2 * params
-    parts["logits"] = min(config.loss_slice, tokens) * config.vocab_size * width
-    return {**parts, "activations": max(0, peak - sum(parts.values()))}
+class DoesNotFit(UserError):
+    """A config whose step needs more memory than its device has."""
+
+
+class Workload(NamedTuple):
+    """The training step of one model with one optimizer, for any config, on the devices of one mesh.
+
+    lower(config): the step as a jax.stages.Lowered for that mesh. count(config): {"params": number of parameters,
+    "state_bytes": bytes of the optimizer's state}. flops(config): training FLOPs per token.
+
+    A config is a frozen dataclass; config.smaller_models() yields those of a smaller model, nearest first.
+    """
+
+    mesh: jax.sharding.Mesh
+    lower: Callable
+    count: Callable
+    flops: Callable
 
 
 class Fit(NamedTuple):
-    """What a compiler says of a training step. Bytes and times are of one device.
+    """What a compiler reports about a training step. Bytes and times are of one device.
 
-    limit_bytes: what the device has, None if unknown. bytes_per_token: moved to and from HBM in one microbatch, the
-    update included. step_seconds: estimate, TPUs only. compiled is None for a step that was refused by the compiler.
+    limit_bytes: what the device has, None if unknown. parts: {what: bytes}, see memory_parts. bytes_per_token: moved
+    to and from HBM in one microbatch, the update included. step_seconds: estimate, TPUs only. compiled: None for a
+    step that was refused; peak_bytes is then what is known to be needed.
     """
 
     where: str
@@ -43,140 +67,220 @@ class Fit(NamedTuple):
         return self.compiled is not None and (self.limit_bytes is None or self.peak_bytes <= self.limit_bytes)
 
 
-def describe_fit(config, fit, peak_rate):
-    """A Fit in four lines; peak_rate: tokens/s at the devices' peak FLOPS, for MFU, or None."""
-    gib = lambda n: f"{n / GIB:.3g}"
-    of = f" of {fit.limit_bytes / GIB:.4g}" if fit.limit_bytes else ""
-    parts = ", ".join(f"{what} {gib(n)}" for what, n in fit.parts.items())
+# ----------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def compile_step(work, config):
+    """The step as a jax.stages.Compiled; nothing is run."""
+    lowered = work.lower(config)
+    with warnings.catch_warnings():  # the cache on disk returns no program for a chip that is not attached
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+        return lowered.compile()
+
+
+def measure(work, config):
+    """The Fit of a config, whether it fits or not, by compiling its step."""
+    start = time.perf_counter()
+    try:
+        compiled = compile_step(work, config)
+        peak = peak_bytes(compiled, work.mesh.devices.flat[0].platform)
+    except jax.errors.JaxRuntimeError as error:
+        compiled, peak = None, bytes_needed(error)
+        if peak is None:
+            raise
+    return make_fit(work, config, peak, compiled, time.perf_counter() - start)
+
+
+def make_fit(work, config, peak, compiled=None, compile_seconds=0.0):
+    """The Fit of a step that needs `peak` bytes; compiled: None if it was refused."""
+    moved = seconds = None
+    if compiled is not None:
+        moved = (compiled.cost_analysis() or {}).get("bytes accessed")
+        seconds = step_seconds(config, compiled, work.mesh)
+    return Fit(
+        where=name_of(work.mesh),
+        peak_bytes=peak,
+        limit_bytes=memory_limit(work.mesh.devices.flat[0]),
+        parts=memory_parts(config, work.count(config), peak),
+        flops_per_token=work.flops(config),
+        bytes_per_token=moved / (config.device_batch_size * config.seq_len) if moved else None,
+        step_seconds=seconds,
+        compile_seconds=compile_seconds,
+        compiled=compiled,
+    )
+
+
+def peak_rate(work, config):
+    """Tokens per second if every FLOP of the mesh's devices went into the model; None for an unknown device."""
+    chip = CHIPS.get(work.mesh.devices.flat[0].device_kind)
+    return chip.peak_flops * work.mesh.size / work.flops(config) if chip else None
+
+
+def gib(size):
+    """Bytes as GiB with three digits."""
+    return f"{size / GIB:.3g}"
+
+
+def describe(config, fit, peak):
+    """A Fit in three or four lines; peak: tokens/s as peak_rate returns it, for MFU."""
+    limit = f" of {fit.limit_bytes / GIB:.4g}" if fit.limit_bytes else ""
+    parts = ", ".join(f"{what} {gib(size)}" for what, size in fit.parts.items())
+    moved = f", {fit.bytes_per_token / 1e6:.1f} MB moved" if fit.bytes_per_token else ""
     lines = [
         f"step compiled for {fit.where} in {fit.compile_seconds:.0f} s",
-        f"  memory {gib(fit.peak_bytes)}{of} GiB: {parts}",
+        f"  memory {gib(fit.peak_bytes)}{limit} GiB: {parts}",
+        f"  work a token: {fit.flops_per_token / 1e9:.3g} GFLOP{moved}",
     ]
-    moved = f", {fit.bytes_per_token / 1e6:.1f} MB moved" if fit.bytes_per_token else ""
-    lines.append(f"  work a token: {fit.flops_per_token / 1e9:.3g} GFLOP{moved}")
     if fit.step_seconds:
         hours = fit.step_seconds * config.num_iterations / 3600
-        estimate = describe_time(config, fit, peak_rate)
+        estimate = describe_time(config, fit, peak)
         lines.append(f"  compiler's estimate: {estimate}; {config.num_iterations:,} steps in {hours:.1f} h")
     return "\n".join(lines)
 
 
-def describe_time(config, fit, peak_rate):
-    """A Fit's estimated time and rate, with MFU where the device's peak is known, and its bytes."""
+def describe_time(config, fit, peak):
+    """A Fit's estimated time, rate and bytes on one line, with MFU where the device's peak is known."""
     rate = config.total_batch_size * config.seq_len / fit.step_seconds
-    mfu = f", MFU {rate / peak_rate:.1%}" if peak_rate else ""
-    return (
-        f"{1e3 * fit.step_seconds:.1f} ms a step, {rate / 1e3:,.0f} thousand tok/s{mfu}, {fit.peak_bytes / GIB:.3g} GiB"
-    )
+    mfu = f", MFU {rate / peak:.1%}" if peak else ""
+    return f"{1e3 * fit.step_seconds:.1f} ms a step, {rate / 1e3:,.0f} thousand tok/s{mfu}, {gib(fit.peak_bytes)} GiB"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step that does not fit
+
+
+def preflight(work, config):
+    """The Fit of a config that fits. Else DoesNotFit, with the nearest config that does."""
+    fit = refuse_unseen(work, config) or measure(work, config)
+    if not fit.fits:
+        raise DoesNotFit(explain_refusal(work, config, fit))
+    return fit
+
+
+def refuse_unseen(work, config):
+    """The Fit of a step that by arithmetic alone needs more than twice what its device has; None for any other step.
+
+    Tracing such a step can take minutes (--seq_len 1000000000), or fail. Where the memory is unknown, 1 TiB is taken,
+    more than any chip has.
+    """
+    least = least_bytes(config, work.count(config))
+    limit = memory_limit(work.mesh.devices.flat[0]) or 1024 * GIB
+    return make_fit(work, config, least) if least > 2 * limit else None
+
+
+def explain_refusal(work, config, fit):
+    """One line: what a config that does not fit needs, what there is, and the nearest config that fits, compiled."""
+    needs = f"{'at least ' if fit.compiled is None else ''}{gib(fit.peak_bytes)}"
+    limit = f"the {fit.limit_bytes / GIB:.4g} GiB of " if fit.limit_bytes else "what there is on "
+    nearest = "no smaller batch or model of this shape fits"
+    if found := nearest_that_fits(work, config, fit):
+        smaller, size = found
+        names = [field.name for field in dataclasses.fields(config)]
+        changed = [name for name in names if getattr(smaller, name) != getattr(config, name)]
+        changes = ", ".join(f"{name}={getattr(smaller, name)}" for name in changed)
+        nearest = f"{changes} fits, with {gib(size.peak_bytes)} GiB"
+    return f"device_batch_size={config.device_batch_size}: a step needs {needs} GiB of {limit}{fit.where}; {nearest}"
+
+
+def nearest_that_fits(work, config, fit):
+    """(config, its Fit) of the nearest smaller config that fits, None if there is none; fit: of the refused config.
+
+    Candidates whose activations, scaled from the last config that was refused, cannot fit are skipped without
+    compiling.
+    """
+    for smaller in smaller_configs(config, work.mesh.size):
+        count = work.count(smaller)
+        scaled = fit.parts["activations"] * layer_inputs(smaller) / layer_inputs(config)
+        expected = max(resident_bytes(count) + scaled, least_bytes(smaller, count))
+        if fit.limit_bytes is None or expected < fit.limit_bytes:
+            found = measure(work, smaller)
+            if found.fits:
+                return smaller, found
+            config, fit = smaller, found
+    return None
 
 
 def smaller_configs(config, devices):
-    """Configs that need less memory, nearest first: divisors of the batch per device, then fewer layers or heads."""
+    """Configs that need less memory, nearest first: divisors of the batch per device, then smaller models."""
     per_device = config.total_batch_size // devices
     rows = [r for r in range(config.device_batch_size - 1, 0, -1) if per_device % r == 0]
     yield from (dataclasses.replace(config, device_batch_size=r) for r in rows)
-    explicit = "n_layer" in (f.name for f in dataclasses.fields(config))
-    for n in range((config.n_layer if explicit else config.n_head) - 1, 0, -1):
-        heads = {"n_head": n, "n_kv_head": n if config.n_kv_head == config.n_head else math.gcd(n, config.n_kv_head)}
-        with contextlib.suppress(UserError):  # a width that makes no whole number of layers
-            yield dataclasses.replace(config, device_batch_size=1, **({"n_layer": n} if explicit else heads))
+    yield from (dataclasses.replace(smaller, device_batch_size=1) for smaller in config.smaller_models())
 
 
-def explain_refusal(config, fit, count_params, measure, devices):
-    """One line: what a config that does not fit needs, what there is, and the nearest config that fits, measured.
+# ----------------------------------------------------------------------------------------------------------------------
+# Other batches
 
-    count_params(config) and measure(config) -> Fit are those of its model. What is hopeless by the refused config's
-    activations, scaled, is not compiled.
+
+def explore(work, config, fit):
+    """Yields lines: other microbatches, if there is an estimate of time; the largest batch, if there is a limit."""
+    seconds, peaks = {}, {}
+    if fit.step_seconds:
+        peak = peak_rate(work, config)
+        for rows, other in compare_microbatches(work, config, fit):
+            seconds[rows], peaks[rows] = other.step_seconds, other.peak_bytes
+            yield f"  device_batch_size {rows:2}: {describe_time(config, other, peak)}"
+        yield f"  fastest by estimate: --device_batch_size {min(seconds, key=seconds.get)}"
+    if fit.limit_bytes:
+        yield "  searching for the largest device_batch_size: about ten programs, each as slow as the first if it fits"
+        start = extrapolate_rows(peaks, fit.limit_bytes) or config.device_batch_size
+        largest = find_largest_batch(work, config, fit.limit_bytes, start)
+        yield f"  largest device_batch_size: {largest}, without accumulation"
+    else:
+        yield f"  largest device_batch_size: unknown, as the memory of {fit.where} is"
+
+
+def compare_microbatches(work, config, fit):
+    """Yields (rows, Fit) for microbatches of 1, 2, 4, 8 and 16 sequences that divide the batch per device and fit.
+
+    fit: that of config itself, which is not compiled again.
     """
-    bulk = lambda c: c.device_batch_size * c.seq_len * c.n_layer * c.n_embd
-    needs = f"{'at least ' if fit.compiled is None else ''}{fit.peak_bytes / GIB:.3g}"
-    there = f"the {fit.limit_bytes / GIB:.4g} GiB of " if fit.limit_bytes else "what there is on "
-    told = f"a step needs {needs} GiB of {there}{fit.where}"
-    nearest = "no smaller batch or model of this shape fits"
-    for smaller in smaller_configs(config, devices):
-        resident = 12 * count_params(smaller)
-        scaled = fit.parts["activations"] * bulk(smaller) / bulk(config)
-        if fit.limit_bytes is None or resident + scaled < fit.limit_bytes:
-            if (found := measure(smaller)).fits:
-                names = [f.name for f in dataclasses.fields(config)]
-                new = {n: getattr(smaller, n) for n in names if getattr(smaller, n) != getattr(config, n)}
-                changes = ", ".join(f"{name}={value}" for name, value in new.items())
-                nearest = f"{changes} fits, with {found.peak_bytes / GIB:.3g} GiB"
-                break
-    return f"device_batch_size={config.device_batch_size}: {told}; {nearest}"
+    for rows in (1, 2, 4, 8, 16):
+        if config.total_batch_size // work.mesh.size % rows == 0:
+            known = rows == config.device_batch_size
+            other = fit if known else measure(work, dataclasses.replace(config, device_batch_size=rows))
+            if other.fits:
+                yield rows, other
 
 
-def aim(known, limit):
-    """Rows at which the line through the two largest of known {rows: bytes} meets the limit; None if it does not."""
-    if len(known) < 2:
-        return None
-    (r1, p1), (r2, p2) = sorted(known.items())[-2:]
-    return r2 + int((limit - p2) * (r2 - r1) / (p2 - p1)) if p2 > p1 else None
+def find_largest_batch(work, config, limit, start):
+    """The most sequences a device with `limit` bytes can take at a time, without accumulation; start: first guess."""
+
+    def peak_of(rows):
+        whole = dataclasses.replace(config, device_batch_size=rows, total_batch_size=rows * work.mesh.size)
+        fit = measure(work, whole)
+        return None if fit.compiled is None else fit.peak_bytes
+
+    return largest_that_fits(peak_of, limit, start)
 
 
 def largest_that_fits(peak_of, limit, start):
     """The most rows whose program fits, 0 if not even one row does. peak_of(rows): its bytes, or None if refused.
 
-    Bisection, aimed: memory grows by nearly the same for each row, so the line through the last two programs that fit
-    names the next guess. Near the limit the compiler trades memory for time and the line is flat, or falls: a guess
-    is at most 64 or twice what fits, and one that was refused is followed by two thirds of the way, not by half, as
-    refusing takes the compiler a sixth of the time of finishing.
+    Bisection with better guesses. Memory grows by nearly the same for each row, so the line through the last two
+    programs that fit gives the next guess. Near the limit the compiler trades memory for time and the line is flat, or
+    falls: so a guess is at most 64 or twice what fits, and after one that was refused comes two thirds of the way, not
+    half, because the compiler takes a sixth of the time to refuse that it takes to finish.
     """
     known, low, high, rows = {}, 0, None, start
     while high is None or high - low > 1:
         peak = peak_of(rows)
-        if fits := peak is not None and peak <= limit:
+        fits = peak is not None and peak <= limit
+        if fits:
             known[rows], low = peak, rows
         else:
             high = rows
         between = low + 2 * (high - low) // 3 if high else 2 * low
-        rows = (fits and aim(known, limit)) or between
+        rows = (extrapolate_rows(known, limit) if fits else None) or between
         most = high - 1 if high else max(64, 2 * low)
         rows = min(max(rows, low + 1), most)
     return low
 
 
-def compare_microbatches(config, fit, devices, measure):
-    """Yields (rows, Fit) for microbatches of 1, 2, 4, 8 and 16 sequences that divide the batch per device and fit.
-
-    fit: that of config itself; measure(config) -> Fit of another.
-    """
-    for rows in (1, 2, 4, 8, 16):
-        if config.total_batch_size // devices % rows == 0:
-            known = rows == config.device_batch_size
-            found = fit if known else measure(dataclasses.replace(config, device_batch_size=rows))
-            if found.fits:
-                yield rows, found
-
-
-def find_largest_batch(config, fit, devices, measure, start):
-    """The most sequences a device can take at a time, without accumulation, by bisection over real programs.
-
-    fit: that of config, with a limit_bytes; measure(config) -> Fit of another; start: the first guess.
-    """
-
-    def peak_of(rows):
-        found = measure(dataclasses.replace(config, device_batch_size=rows, total_batch_size=rows * devices))
-        return found.peak_bytes if found.fits else None
-
-    return largest_that_fits(peak_of, fit.limit_bytes, start)
-
-
-def look_further(config, fit, devices, measure, peak_rate):
-    """Yields lines: other microbatches, if there is an estimate of time; the largest batch, if there is a limit.
-
-    fit, measure: as in compare_microbatches; peak_rate: tokens/s at the devices' peak FLOPS, for MFU, or None.
-    """
-    seconds, peaks = {}, {}
-    if fit.step_seconds:
-        for rows, other in compare_microbatches(config, fit, devices, measure):
-            seconds[rows], peaks[rows] = other.step_seconds, other.peak_bytes
-            yield f"  device_batch_size {rows:2}: {describe_time(config, other, peak_rate)}"
-        yield f"  fastest by estimate: --device_batch_size {min(seconds, key=seconds.get)}"
-    if fit.limit_bytes:
-        yield "  looking for the largest device_batch_size: some ten programs, those that fit take as long as the first"
-        start = aim(peaks, fit.limit_bytes) or config.device_batch_size
-        largest = find_largest_batch(config, fit, devices, measure, start)
-        yield f"  largest device_batch_size: {largest}, without accumulation"
-    else:
-        yield f"  largest device_batch_size: unknown, as the memory of {fit.where} is"
+def extrapolate_rows(known, limit):
+    """Rows at which the line through the two largest of known {rows: bytes} meets the limit; None if it does not."""
+    if len(known) < 2:
+        return None
+    (r1, p1), (r2, p2) = sorted(known.items())[-2:]
+    return r2 + int((limit - p2) * (r2 - r1) / (p2 - p1)) if p2 > p1 else None

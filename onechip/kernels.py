@@ -11,11 +11,12 @@ Splash needs 42,918:
   nothing is rescaled; the sums ride along as 128 more columns of the product with v, half a matrix unit that was idle.
 - RoPE and QK-norm go in as well. They add 4,355 bundles, 0.08 ms a layer; as XLA passes over q and k they took 0.25.
 
-FlashAttention (Dao, 2022 and 2023) is where recomputing the scores in the backward pass from one number a row comes
-from, and putting keys along the rows of its tiles from Splash Attention (JAX).
+Recomputing the scores in the backward pass from one number a row is FlashAttention's idea (Dao, 2022 and 2023). Keys
+along the rows of a tile there are Splash Attention's (JAX), which is here too, at the end, as a model calls it.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-EPS = 2.0**-23  # float32's epsilon, as rms_norm of 02 adds it
-SPLASH_BLOCK = 1024  # of JAX's kernel: 2048 does not fit VMEM, 512 took a quarter longer (ancestor's v6e timings)
+EPS = 2.0**-23  # float32's epsilon, added to a mean square, as the model's own norm does
+# Of JAX's kernel: 2048 does not fit VMEM, 512 took a quarter longer in the v6e timings of vorushin/tpuchat
+# (https://github.com/vorushin/tpuchat).
+SPLASH_BLOCK = 1024
 MOST_ENTRIES = 1 << 19  # of a head, T * H: beyond, the unrolled program grows past what compiles in minutes
 
 
@@ -193,8 +196,8 @@ def count_cost(arrays, window, products):
 def fused_attention(q, k, v, cos, sin, window):
     """Attention over the last `window` keys of q and k as they leave their products: (B, N, T, H), in q's dtype.
 
-    q (B, N, T, H), k and v (B, K, T, H), cos and sin (T, H) float32 as 02's rope_tables makes them. T a multiple of
-    128, H of 128. Scores are of rotated, normed q and k, scaled by H ** -0.5.
+    q (B, N, T, H), k and v (B, K, T, H). cos and sin (T, H) float32: cosines and signed sines of the rotary angles, as
+    `rotate` takes them. T a multiple of 128, H of 128. Scores are of rotated, normed q and k, scaled by H ** -0.5.
     """
     return fused_forward(q, k, v, cos, sin, window)[0]
 
@@ -222,3 +225,40 @@ def fused_backward(window, saved, do):
 
 
 fused_attention.defvjp(fused_forward, fused_backward)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a model calls them: tokens before heads
+
+
+def pallas_attention(q, k, v, cos, sin, window):
+    """Attention over the last `window` keys by the kernels above, (B, T, N, H) in q's dtype.
+
+    q (B, T, N, H) and k, v (B, T, K, H) as they leave their products: RoPE and QK-norm are done here. cos, sin (T, H)
+    float32. T and H multiples of 128, T * H at most MOST_ENTRIES.
+    """
+    heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+    return jnp.swapaxes(fused_attention(*heads_first, cos, sin, window), 1, 2)
+
+
+def splash_attention(q, k, v, window):
+    """Attention over the last `window` keys by JAX's Splash Attention, (B, T, N, H) in q's dtype.
+
+    q (B, T, N, H) and k, v (B, T, K, H), q and k already rotated and normed. T a multiple of 128.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, N = q.shape[1], q.shape[2]
+    # LocalMask is inclusive: w - 1 keys to the left and none to the right are a causal window of w.
+    mask = splash.CausalMask((T, T)) if window >= T else splash.LocalMask((T, T), (window - 1, 0), 0)
+    mask = splash.MultiHeadMask([mask] * N)
+    block = math.gcd(T, SPLASH_BLOCK)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks = splash.BlockSizes(**{f"block_{name}": block for name in names} | {"block_kv_compute": math.gcd(T, 512)})
+
+    def kernel(interpret, q, k, v):
+        attend = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+        return jax.vmap(attend)(q, k, v)
+
+    heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]  # Splash does not scale by itself
+    return jnp.swapaxes(interpreted_off_tpu(kernel, *heads_first), 1, 2)
