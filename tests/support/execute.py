@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 
 import nbformat
+from conftest import ROOT
 from nbclient import NotebookClient
 
 _MODEL = (
@@ -18,6 +20,19 @@ TINY = {
     "03_worker": _MODEL + _SWEEP + "--evaluations 2 --run_cap 2",
     "04_maxtext": _MODEL + "--eval_every 2 --n_embd 48 --n_layer 2 --mlp_dim 80 --tile 16",
 }
+
+
+def copy_repository(folder, *more):
+    """Copies what a notebook imports, the other notebooks and onechip/, and the paths in `more`, into `folder`."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    for name in ("onechip", *more):
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, folder)
+    return folder
 
 
 def set_overrides(notebook, flags):
