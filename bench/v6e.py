@@ -1,12 +1,13 @@
-"""What the v6e compiler says of 02's step, beside the plain design that it started from. No TPU is needed or used.
+"""What the v6e compiler reports about 02's step, next to the plain design it started from. No TPU is needed or used.
 
-    uv run bench/v6e.py                     all measures, one table: some 15 programs of up to 16 layers
+    uv run bench/v6e.py                     all measures, one table: about 15 programs of up to 16 layers
     uv run bench/v6e.py time memory         some of them: time, memory, batch, family
     uv run bench/v6e.py micro [04_maxtext]  estimates for 1, 2, 4, 8 and 16 sequences a microbatch, 64 in all
 
-The baseline is the ancestor's design: einsum attention with T x T scores, autodiff throughout (so that ReLU squared
-keeps its mask and the logits are kept in float32), nothing donated, 4 x 2048 tokens. Times are the compiler's own
-estimates and no measurement (chip.py); bytes are what the chip will use.
+The baseline is the design of vorushin/tpuchat (https://github.com/vorushin/tpuchat), where this project comes from:
+einsum attention with T x T scores, autodiff throughout (so that ReLU squared keeps its mask and the logits are kept in
+float32), nothing donated, 4 x 2048 tokens. Times are the compiler's own estimates, not measurements
+(onechip/estimate.py); bytes are what the chip will use.
 """
 
 import dataclasses
@@ -20,11 +21,15 @@ train = importlib.import_module("02_train")
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-import chip
+from onechip.chips import GIB, memory_limit, topology_devices
+from onechip.fit import compare_microbatches, describe_time, largest_that_fits, measure, peak_rate
 
 DEFAULT = train.Config()
-PUBLISHED_FAMILY_MS = 364  # the best published program of the family, by the same estimate; measured 290 to 302
+# The fastest published program of the family on one v6e, vorushin/tpuchat's (https://github.com/vorushin/tpuchat): 364
+# by the same estimate. Its author measured 435 to 452 thousand tokens a second on a chip, 290 to 302 ms a step.
+PUBLISHED_FAMILY_MS = 364
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,13 +58,14 @@ def plain_attention(q, k, v, window):
 
 def plain_loss(config, params, x, y):
     """Mean cross-entropy of x, y (B, T), by autodiff alone; params float32."""
-    rope, params = params["rope"], train.cast_params(config, params)
+    params = train.cast_params(config, train.GPT.weights(config), params)
+    cos, sin = train.rope_tables(config)
     h = h0 = plain_norm(params["wte"][x])
     for i, layer in enumerate(params["layers"]):
         h = (params["resid_lambdas"][i] * h + params["x0_lambdas"][i] * h0).astype(h.dtype)
         a = plain_norm(h)
         q, k, v = (jnp.einsum("btd,dnh->bnth", a, layer[name]) for name in ("c_q", "c_k", "c_v"))
-        q, k = (plain_norm(plain_rope(a, *rope)) for a in (q, k))
+        q, k = (plain_norm(plain_rope(a, cos, sin)) for a in (q, k))
         h = h + jnp.einsum("bnth,nhd->btd", plain_attention(q, k, v, config.windows[i]), layer["c_proj"])
         h = h + jnp.square(jax.nn.relu(plain_norm(h) @ layer["c_fc"])) @ layer["mlp_proj"]
     z = jnp.einsum("btd,dv->btv", plain_norm(h), params["lm_head"], preferred_element_type=jnp.float32)
@@ -67,30 +73,49 @@ def plain_loss(config, params, x, y):
     return jnp.mean(jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0])
 
 
-def plain_step(config, state, constants, x, y):
-    """One undonated step of the baseline."""
+def plain_step(config, state, x, y):
+    """One undonated step of the baseline: (state, x, y) -> (state, loss); x, y (total_batch_size, T)."""
 
     def add(total, xy):
-        loss = lambda trainable: plain_loss(config, train.merge_params(trainable, constants), *xy)
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(state["params"])), None
+        found = jax.value_and_grad(plain_loss, argnums=1)(config, state["params"], *xy)
+        return jax.tree.map(jnp.add, total, found), None
 
     micro = [a.reshape(-1, config.device_batch_size, a.shape[-1]) for a in (x, y)]
     zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"])
-    once = lambda: add(zero, [a[0] for a in micro])[0]
-    loss, grads = once() if len(micro[0]) == 1 else jax.lax.scan(add, zero, micro)[0]
+    if len(micro[0]) == 1:
+        loss, grads = add(zero, [a[0] for a in micro])[0]
+    else:
+        loss, grads = jax.lax.scan(add, zero, micro)[0]
     grads = jax.tree.map(lambda g: g / len(micro[0]), grads)
-    params, moments = train.adamw_update(config, state["params"], state, grads, state["step"])
-    return {"params": params, **moments, "step": state["step"] + 1}, loss / len(micro[0])
+    weights, step = train.GPT.weights(config), state["step"]
+    params, opt = train.adamw_update(config, weights, state["params"], state["opt"], grads, step)
+    return {"params": params, "opt": opt, "step": step + 1}, loss / len(micro[0])
 
 
-def baseline_fit(config, mesh):
-    """The baseline's chip.Fit, through 02's own compile and measure."""
-    config = dataclasses.replace(config, attn_impl="einsum")
-    make, train.make_train_step = train.make_train_step, lambda *_: jax.jit(functools.partial(plain_step, config))
-    try:
-        return train.measure_fit(config, mesh)
-    finally:
-        train.make_train_step = make
+def plain_state(config):
+    """The baseline's state of step 0."""
+    params = train.init_params(config, jax.random.key(config.param_seed))
+    opt = train.adamw_init(config, train.GPT.weights(config), params)
+    return {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
+
+
+def baseline(mesh):
+    """The baseline as a Workload. Its configs have attn_impl="einsum", by which its time is estimated."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def lower(config):
+        state = jax.eval_shape(functools.partial(plain_state, config))
+        tokens = jax.ShapeDtypeStruct((config.total_batch_size, config.seq_len), jnp.int32)
+        step = jax.jit(functools.partial(plain_step, config), in_shardings=whole)
+        return step.lower(state, tokens, tokens)
+
+    return train.workload(mesh)._replace(lower=lower)
+
+
+def measure_both(mesh, config):
+    """The Fits of the baseline and of 02, for the same sizes."""
+    plain = dataclasses.replace(config, attn_impl="einsum")
+    return measure(baseline(mesh), plain), measure(train.workload(mesh), config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,46 +131,49 @@ def nanoseconds_per_token(config, fit):
 
 
 def measure_time(mesh):
-    fits = baseline_fit(DEFAULT, mesh), train.measure_fit(DEFAULT, mesh)
+    fits = measure_both(mesh, DEFAULT)
     yield "estimated time, 16 x (4 x 2048)", "ns a token", *(nanoseconds_per_token(DEFAULT, fit) for fit in fits)
 
 
 def measure_memory(mesh):
     config = rows_at_once(DEFAULT, 4)
-    fits = baseline_fit(config, mesh), train.measure_fit(config, mesh)
-    yield "peak HBM, 4 x 2048", "GiB", *(fit.peak_bytes / chip.GIB for fit in fits)
+    fits = measure_both(mesh, config)
+    yield "peak HBM, 4 x 2048", "GiB", *(fit.peak_bytes / GIB for fit in fits)
     yield "HBM traffic, 4 x 2048", "MB a token", *(fit.bytes_per_token / 1e6 for fit in fits)
     yield "estimated time, 4 x 2048, update included", "ns a token", *(nanoseconds_per_token(config, f) for f in fits)
 
 
+def find_largest(work, config, start):
+    """The most sequences of a Workload that fit at a time; prints each program that is tried."""
+
+    def peak_of(rows):
+        fit = measure(work, rows_at_once(config, rows))
+        print(f"  {rows} rows: {fit.peak_bytes / GIB:.2f} GiB, {fit.compile_seconds:.0f} s", flush=True)
+        return fit.peak_bytes if fit.fits else None
+
+    return largest_that_fits(peak_of, memory_limit(work.mesh.devices.flat[0]), start)
+
+
 def measure_batch(mesh):
-    def largest(measure, start):
-        def peak_of(rows):
-            fit = measure(rows_at_once(DEFAULT, rows), mesh)
-            print(f"  {rows} rows: {fit.peak_bytes / chip.GIB:.2f} GiB, {fit.compile_seconds:.0f} s", flush=True)
-            return fit.peak_bytes if fit.fits else None
-
-        return chip.largest_that_fits(peak_of, chip.memory_limit(mesh.devices.flat[0]), start)
-
-    yield "largest batch, no accumulation", "sequences", largest(baseline_fit, 6), largest(train.measure_fit, 40)
+    before = find_largest(baseline(mesh), dataclasses.replace(DEFAULT, attn_impl="einsum"), 6)
+    yield "largest batch, no accumulation", "sequences", before, find_largest(train.workload(mesh), DEFAULT, 40)
 
 
 def measure_family(mesh):
     maxtext = importlib.import_module("04_maxtext")
     config = maxtext.Config(n_layer=8, n_kv_head=1, attn_impl="pallas")
-    fit = train.measure_fit(config, mesh, maxtext.SWIGLU)
+    fit = measure(train.workload(mesh, maxtext.SWIGLU), config)
     yield "8 layers, 4 x 256 heads, 1 KV, SwiGLU", "ms a step", PUBLISHED_FAMILY_MS, 1e3 * fit.step_seconds
 
 
 def print_microbatches(mesh, name="02_train", *changes):
     """A row per microbatch: what accumulating costs and saves."""
     module = importlib.import_module(name)
-    model = train.GPT if name == "02_train" else module.SWIGLU
+    work = train.workload(mesh, train.GPT if name == "02_train" else module.SWIGLU)
     config = module.Config(**dict(change.split("=") for change in changes))
-    peak = train.peak_rate(config, mesh, model)
-    measure = lambda config: train.measure_fit(config, mesh, model)
-    for rows, fit in chip.compare_microbatches(config, measure(config), mesh.size, measure):
-        print(f"{64 // rows:3} x ({rows:2} x 2048), {config.attn_impl}: {chip.describe_time(config, fit, peak)}; "
+    peak = peak_rate(work, config)
+    for rows, fit in compare_microbatches(work, config, measure(work, config)):
+        print(f"{64 // rows:3} x ({rows:2} x 2048), {config.attn_impl}: {describe_time(config, fit, peak)}; "
               f"compiled in {fit.compile_seconds:.0f} s", flush=True)  # fmt: skip
 
 
@@ -153,7 +181,7 @@ MEASURES = {"time": measure_time, "memory": measure_memory, "batch": measure_bat
 
 
 def main(names):
-    mesh = train.chip_mesh("v6e:1x1")
+    mesh = train.make_mesh(topology_devices("v6e:1x1"))
     if names[:1] == ["micro"]:
         return print_microbatches(mesh, *names[1:])
     print(f"{'measure':44}{'unit':>12}{'baseline':>11}{'onechip':>11}{'ratio':>8}   jax {jax.__version__}")

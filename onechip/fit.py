@@ -25,6 +25,9 @@ from onechip.estimate import (
 )
 
 
+MOST_MEMORY = 256 * GIB  # taken for a device whose memory is unknown: no TPU has more
+
+
 class DoesNotFit(UserError):
     """A config whose step needs more memory than its device has."""
 
@@ -161,11 +164,10 @@ def preflight(work, config):
 def refuse_unseen(work, config):
     """The Fit of a step that by arithmetic alone needs more than twice what its device has; None for any other step.
 
-    Tracing such a step can take minutes (--seq_len 1000000000), or fail. Where the memory is unknown, 1 TiB is taken,
-    more than any chip has.
+    Tracing such a step can take minutes (--seq_len 1000000000), or fail.
     """
     least = least_bytes(config, work.count(config))
-    limit = memory_limit(work.mesh.devices.flat[0]) or 1024 * GIB
+    limit = memory_limit(work.mesh.devices.flat[0]) or MOST_MEMORY
     return make_fit(work, config, least) if least > 2 * limit else None
 
 
@@ -193,7 +195,7 @@ def nearest_that_fits(work, config, fit):
         count = work.count(smaller)
         scaled = fit.parts["activations"] * layer_inputs(smaller) / layer_inputs(config)
         expected = max(resident_bytes(count) + scaled, least_bytes(smaller, count))
-        if fit.limit_bytes is None or expected < fit.limit_bytes:
+        if expected < (fit.limit_bytes or MOST_MEMORY):
             found = measure(work, smaller)
             if found.fits:
                 return smaller, found

@@ -1,0 +1,130 @@
+"""Training steps compiled for a v6e, and other TPUs, on this machine. Each program is compiled once."""
+
+import dataclasses
+import functools
+import importlib
+import re
+
+import jax
+import pytest
+
+from onechip.chips import GIB, topology_devices
+from onechip.fit import DoesNotFit, describe, measure, peak_rate, preflight
+
+train = importlib.import_module("02_train")
+
+pytestmark = pytest.mark.slow
+# Two layers, and both kinds of window; V 1024, D 256, F 1024.
+CHIP = train.Config(
+    n_head=2, n_kv_head=1, head_dim=128, aspect_ratio=128, vocab_size=1024, seq_len=512, device_batch_size=2,
+    total_batch_size=4, window_pattern="S",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_compiler():
+    """libtpu, and the compiler with all its optimizations."""
+    pytest.importorskip("libtpu", reason="compiling for v6e needs libtpu: jax[tpu]")
+    assert not jax.config.jax_disable_most_optimizations
+
+
+@functools.cache
+def work_on(topology, model=train.GPT):
+    """The Workload of a model on a topology's devices."""
+    return train.workload(train.make_mesh(topology_devices(topology)), model)
+
+
+@functools.cache
+def fit_on_v6e(config, model=train.GPT):
+    """The Fit of a config on one v6e."""
+    return measure(work_on("v6e:1x1", model), config)
+
+
+def count_kernels(compiled):
+    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+def state_bytes(config, model=train.GPT):
+    """Parameters and two moments, float32."""
+    return 12 * train.count_params(config, model)["total"]
+
+
+@pytest.mark.parametrize("impl, kernels_per_layer", [("splash", 3), ("pallas", 2), ("einsum", 0), ("jax", 0)])
+def test_a_v6e_program_has_the_kernels_its_attention_promises(impl, kernels_per_layer):
+    """A kernel interpreted in a chip's program would be a thousand times slower."""
+    fit = fit_on_v6e(dataclasses.replace(CHIP, attn_impl=impl))
+    assert count_kernels(fit.compiled) == kernels_per_layer * CHIP.n_layer == kernels_per_layer * 2
+    assert fit.fits
+    assert fit.limit_bytes == int(31.25 * 2**30)
+
+
+@pytest.mark.parametrize("impl", ["splash", "pallas", "einsum", "jax"])
+def test_a_v6e_program_holds_its_state_once(impl):
+    """A state that is not donated would be there twice; constants and temporaries are small."""
+    fit = fit_on_v6e(dataclasses.replace(CHIP, attn_impl=impl))
+    memory, state = fit.compiled.memory_analysis(), state_bytes(CHIP)
+    assert memory.alias_size_in_bytes >= state  # donated
+    assert memory.temp_size_in_bytes < 8 * 2**20  # 4.7 to 6.3 MiB on jax 0.7.2 to 0.12
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert state < kept < 1.1 * state
+    assert kept + memory.temp_size_in_bytes <= fit.peak_bytes < 1.1 * state + 48 * 2**20  # 30 MiB of it: the program
+
+
+# GiB that one layer of each preset may take; the chip's is below, with all its layers.
+BOUNDS = {"gpu": 7.0, "laptop": 0.2}
+
+
+@pytest.mark.parametrize("preset", sorted(train.PRESETS.keys() - {"chip"}))
+def test_every_preset_compiles_for_a_v6e(preset):
+    """One layer and two microbatches of each: a change that breaks the chip, or takes twice the memory, fails here."""
+    whole = train.Config(**train.PRESETS[preset])
+    config = dataclasses.replace(whole, aspect_ratio=whole.n_embd, total_batch_size=2 * whole.device_batch_size)
+    fit = fit_on_v6e(config)
+    assert state_bytes(config) < fit.peak_bytes < BOUNDS[preset] * GIB
+    assert count_kernels(fit.compiled) == (2 if whole.attn_impl == "pallas" else 0)
+    assert fit.step_seconds > 0
+
+
+def test_the_default_model_fits_a_v6e_with_room():
+    """All 16 layers at 4 x 2048 tokens: under 7 GiB of 31.25, two kernels a layer, twice the plain design's speed."""
+    config = dataclasses.replace(train.Config(**train.PRESETS["chip"]), total_batch_size=4)
+    fit = fit_on_v6e(config)
+    assert count_kernels(fit.compiled) == 2 * 16
+    assert fit.peak_bytes < 7 * GIB  # 17.4 in the plain design
+    assert fit.bytes_per_token < 9e6  # 16.8e6
+    assert 1e9 * fit.step_seconds / (4 * 2048) < 5290  # 10,580
+    text = describe(config, fit, peak_rate(work_on("v6e:1x1"), config))
+    assert " of 31.25 GiB: parameters 1, optimizer 2" in text and "compiler's estimate" in text
+
+
+def test_the_gated_model_holds_the_logits_of_one_slice_only():
+    """Two layers at full width and context compile for a v6e with their kernels; of 4,096 logits, 1,024 exist."""
+    maxtext = importlib.import_module("04_maxtext")
+    config = maxtext.Config(n_layer=2, total_batch_size=8)
+    compiled = fit_on_v6e(config, maxtext.SWIGLU).compiled
+    text = compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * config.n_layer
+    assert "[1024,32768]" in text
+    whole = re.findall(r"\[(?:4096|2,2048),32768\]", text)
+    assert whole == []
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= state_bytes(config, maxtext.SWIGLU)
+    assert memory.temp_size_in_bytes < 3 * 2**30
+
+
+def test_a_slice_of_eight_chips_sums_its_gradients():
+    """Eight chips take an eighth of the batch each."""
+    work = work_on("v6e:2x4")
+    assert work.mesh.size == 8
+    fit = measure(work, dataclasses.replace(CHIP, total_batch_size=16))
+    assert "all-reduce" in fit.compiled.as_text() and fit.fits
+
+
+def test_a_v5e_refuses_what_a_v6e_takes():
+    """15.75 GiB are too few for 15 GiB of tables and moments; three layers of four would fit."""
+    tables = {"vocab_size": 5 << 18, "seq_len": 256, "loss_slice": 256}
+    large = train.Config(n_head=4, aspect_ratio=128, device_batch_size=1, total_batch_size=1, **tables)
+    wanted = "GiB of the 15.75 GiB of 1 x TPU v5 lite; n_head=3, n_kv_head=3 fits, with"
+    with pytest.raises(DoesNotFit, match=wanted):
+        preflight(work_on("v5e:1x1"), large)
+    assert preflight(work_on("v6e:1x1"), large).fits
