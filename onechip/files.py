@@ -1,18 +1,21 @@
-"""Files: whole or not at all."""
+"""Files that are written completely or not at all, and JSON that somebody else may have written."""
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from onechip.errors import UserError
+from onechip.errors import UserError, first_line
+
+JSON_LIMIT = 1 << 24  # bytes of a JSON file; ours have some kilobytes
 
 
 def fsync_path(path):
-    """Forces a file's or folder's content to disk, so that a rename after it cannot outlive it."""
+    """Forces a file's or folder's content to disk: a later rename must not reach the disk before it."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -20,14 +23,20 @@ def fsync_path(path):
         os.close(fd)
 
 
+def rename_to_disk(source, target):
+    """Renames a file or folder whose content is on disk already, and forces its new name to disk."""
+    os.replace(source, target)
+    fsync_path(target.parent)
+
+
 def is_full(error):
-    """Whether an error says that the disk, or one's share of it, is full; safetensors says it in words only."""
+    """Whether an error says that the disk, or the user's quota, is full; safetensors says it in words only."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
 
 
 @contextlib.contextmanager
 def telling_full_disk(path):
-    """Raises UserError, naming `path`, for whatever error says that the disk is full."""
+    """Turns any error that says that the disk is full into a UserError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -40,23 +49,65 @@ def telling_full_disk(path):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields a path beside `path` to write a file or folder to; renames it to `path` on success, removes it on failure.
+    """Yields a path next to `path` to write a file or folder to; renames it to `path` on success, removes it on error.
 
-    A reader sees the old file or the new one, never a part, whatever moment the machine dies at. A full disk raises
+    A reader sees the old file or the new one, never a part, at whatever moment the machine dies. A full disk raises
     UserError and leaves nothing behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)) / path.name
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)) / path.name
     try:
         with telling_full_disk(path):
-            yield beside
-            for written in [*beside.rglob("*"), beside]:  # a folder's entries need their own sync
+            yield draft
+            for written in [*draft.rglob("*"), draft]:  # a folder's entries need their own sync
                 fsync_path(written)
-            os.replace(beside, path)
-            fsync_path(path.parent)
+            rename_to_disk(draft, path)
     finally:
-        shutil.rmtree(beside.parent, ignore_errors=True)
+        shutil.rmtree(draft.parent, ignore_errors=True)
+
+
+def write_json(path, value):
+    """Writes a value as a JSON file, completely or not at all."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    """The JSON object in a file, as a dict. UserError, one line with the file's name, for whatever else is there."""
+    return _parse_object(_read_text(path, JSON_LIMIT), path)
+
+
+def read_json_lines(path):
+    """The JSON objects in a file that has one on each line, as a list of dicts; UserError as in read_json."""
+    lines = _read_text(path).removesuffix("\n").split("\n")
+    return [_parse_object(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)] if lines != [""] else []
+
+
+def _read_text(path, limit=None):
+    try:
+        with open(path, "rb") as file:
+            raw = file.read() if limit is None else file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if limit is not None and len(raw) > limit:
+        raise UserError(f"{path}: has more than {limit:,} bytes, too many for a file of settings")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+
+
+def _parse_object(text, place):
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{place}: is not JSON that can be read: it is nested too deep") from None
+    except ValueError as error:
+        raise UserError(f"{place}: is not JSON ({first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: is JSON, but not an object in braces")
+    return value
 
 
 def hash_file(path):
@@ -66,18 +117,8 @@ def hash_file(path):
 
 
 def link_or_copy(source, target):
-    """A hard link, or a copy where the file system has none, Google Drive's for one."""
+    """Makes a hard link, or a copy where the file system has no links; Google Drive's has none."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-@contextlib.contextmanager
-def removing_on_error(folder):
-    """Removes a folder that could not be completed: on a full disk, its space is what the next attempt needs."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -1,16 +1,15 @@
-"""The data loader: a thread that prepares the next batches while the current one is trained on."""
+"""The data loader: a thread that prepares the next batches while training works on the current one."""
 
 import contextlib
 import queue
 import threading
 
 
-# @title The loader: a thread that works ahead
 class PrefetchDataLoader:
-    """Iterates over (place(item), state) for the (item, state) pairs of `batches`, made ahead in a thread.
+    """Iterates over (place(item), state) for the (item, state) pairs of `batches`, prepared ahead in a thread.
 
-    `depth` batches wait on the device, one more is in the making. `close()` (or leaving a `with` block) ends the
-    thread and frees what waits. An error in the thread is raised here, at the next batch, before any that waits.
+    `depth` batches wait on the device while one more is prepared. `close()` (or leaving a `with` block) ends the thread
+    and frees the waiting batches. An error in the thread is raised here by the next `next()`, before any of them.
     """
 
     def __init__(self, batches, place=lambda item: item, depth=2):
@@ -30,7 +29,8 @@ class PrefetchDataLoader:
         except BaseException as error:
             self._error = error
         finally:
-            self._batches.close() if hasattr(self._batches, "close") else None
+            if hasattr(self._batches, "close"):  # a generator
+                self._batches.close()
 
     def _offer(self, pair):
         while not self._stop.is_set():
@@ -51,6 +51,7 @@ class PrefetchDataLoader:
                 raise StopIteration
 
     def close(self):
+        """Ends the thread and frees what it has prepared."""
         self._stop.set()
         self._thread.join()
         with contextlib.suppress(queue.Empty):

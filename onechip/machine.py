@@ -11,23 +11,16 @@ import sys
 import threading
 from pathlib import Path
 
-from onechip.errors import say
+from onechip.errors import in_notebook, print_safely, report_in_one_line, say
 
 # PCI ids of TPU v2 to v7, as JAX's own hardware check lists them.
 TPU_PCI_IDS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
-
-
 GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def home():
     """The folder for what all runs share (shards, tokenizers, compiled programs): ONECHIP_HOME or ~/.cache/onechip."""
     return Path(os.environ.get("ONECHIP_HOME") or Path.home() / ".cache" / "onechip")
-
-
-def in_notebook():
-    """True in a Jupyter or Colab kernel, false in a script and in a terminal's IPython."""
-    return "ipykernel" in sys.modules and "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
 
 
 def has_tpu():
@@ -41,12 +34,12 @@ def has_tpu():
 
 
 def quiet_jax():
-    """Keeps libtpu, installed here for its compiler, from looking for a TPU that is not there, at length, on stderr."""
+    """Keeps libtpu, installed for its compiler, from searching at length, and loudly, for a TPU that is not here."""
     if not has_tpu():
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_LOG_DIR", "disabled")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        # What it would ask the cloud for. A program is compiled for the topology that is named, whatever stands here,
+        # What libtpu would ask the cloud for. A program is compiled for the topology it names, whatever is set here,
         # but libtpu 0.0.23 (jax 0.7.2) aborts in cost_analysis() if this is a v6e or a v4.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -56,26 +49,42 @@ def quiet_jax():
                 sys.modules["jax"].config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
 
+def prepare():
+    """What a notebook's run cell calls first: errors in one line, safe printing, memory and compiled programs kept."""
+    report_in_one_line()
+    print_safely()
+    keep_freed_memory()
+    keep_compiled()
+
+
 def keep_compiled():
     """Keeps compiled programs on disk: the next start of the same config reaches its first step sooner."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(home() / "compiled"))
-        # the default keeps what took a second: a start has a dozen programs that take less, and two seconds together
+        # The default keeps programs that took a second: a start has a dozen shorter ones, two seconds together.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def keep_freed_memory():
-    """Has the C library keep what XLA frees after each step on a CPU, instead of giving it back to the system.
+    """Has the C library keep what XLA frees after each step on a CPU, instead of returning it to the system.
 
     Fresh pages for XLA's temporaries cost a fifth of a small model's step (LOG 2026-11-20). These are glibc's settings
-    M_ARENA_MAX 1, M_MMAP_MAX 0 and M_TRIM_THRESHOLD never, for threads that are yet to come: call it before JAX is
-    used. A C library without mallopt is left as it is.
+    M_ARENA_MAX 1, M_MMAP_MAX 0 and M_TRIM_THRESHOLD never, for threads started later: call it before JAX is used. A C
+    library without mallopt is left as it is.
     """
     if os.environ.get("JAX_PLATFORMS") == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         for name, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
             library.mallopt(name, value)
+
+
+# Why Colab did not hand out a secret, by the name of the exception: three classes of Colab's own.
+SECRET_REFUSALS = {
+    "SecretNotFoundError": "it is not among this account's secrets (key icon, left)",
+    "NotebookAccessError": "this notebook has no access to it (key icon, left)",
+    "TimeoutException": "the browser did not answer in time",
+}
 
 
 def read_secret(name):
@@ -85,7 +94,7 @@ def read_secret(name):
     each secret once, early; a public download needs none.
     """
     if os.environ.get(name, "").strip():
-        return os.environ[name].strip()  # pasted with a line's end, it would stand in the client's error message
+        return os.environ[name].strip()  # a line break pasted with it would show up in the client's error message
     if not in_notebook():
         return None
     try:
@@ -94,39 +103,44 @@ def read_secret(name):
         return None
     try:
         return (userdata.get(name) or "").strip() or None
-    except Exception as error:  # three classes of Colab's own, by their names
-        reason = {
-            "SecretNotFoundError": "it is not among this account's secrets (key icon, left)",
-            "NotebookAccessError": "this notebook has no access to it (key icon, left)",
-            "TimeoutException": "the browser did not answer in time",
-        }.get(type(error).__name__, type(error).__name__)
-        say(f"secret {name}: {reason}; going on without it")
+    except Exception as error:
+        kind = type(error).__name__
+        say(f"secret {name}: {SECRET_REFUSALS.get(kind, kind)}; continuing without it")
         return None
 
 
-class _Interrupt:
+class Interrupt:
+    """Whether the program was asked to stop."""
+
     requested = False
-    insisted = False  # a second one: KeyboardInterrupt was raised, in the middle of anything
+    insisted = False  # asked a second time: KeyboardInterrupt was raised, at any point of the program
 
 
 @contextlib.contextmanager
-def deferred_interrupt():
-    """Notes the first SIGINT or SIGTERM in `.requested` instead of ending the program; a second one is raised.
+def deferred_interrupt(raise_at_once=False):
+    """Yields an Interrupt that notes SIGINT, SIGTERM and SIGHUP; the first does nothing else, a second one raises.
 
-    Only a program's main thread gets signals: elsewhere this does nothing.
+    raise_at_once: the first one raises KeyboardInterrupt, too. A repeated SIGHUP raises nothing, and where SIGHUP is
+    ignored, as under nohup, it stays ignored. Only a program's main thread gets signals: elsewhere this does nothing.
     """
-    noted = _Interrupt()
+    noted = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield noted
         return
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
 
-    def note(signum, frame):
-        if noted.requested:
-            noted.insisted = True
+    def note(number, frame):
+        repeated = noted.requested
+        if repeated and number == hangup:  # a closing terminal sends it twice
+            return
+        noted.requested, noted.insisted = True, repeated
+        if repeated or raise_at_once:
             raise KeyboardInterrupt
-        noted.requested = True
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield noted
     finally:
@@ -135,7 +149,7 @@ def deferred_interrupt():
 
 
 def git_commit():
-    """The commit of the files that run, with "+" behind it if they were changed since; None outside a git checkout."""
+    """The commit of the files that run, with a "+" if they were changed since; None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -152,18 +166,18 @@ def open_tensorboard(run_dir):
         return
     try:
         from tensorboard import notebook
-    except ImportError:  # pip could not install it, which the opening cell has said
-        say(f"curves and profile: there is no TensorBoard here; it can be shown {run_dir} on another machine")
+    except ImportError:  # pip could not install it, which the opening cell reported
+        say(f"curves and profile: TensorBoard is not installed here; open {run_dir} with it on another machine")
         return
     notebook.start(f"--logdir {shlex.quote(str(run_dir))}")
 
 
 def give_back_machine(uploaded):
-    """Ends Colab's session, and its cost with it; not while what was made is nowhere else (`uploaded` is empty)."""
+    """Ends Colab's session, and its cost; keeps it if `uploaded` is empty: the results are then nowhere else."""
     if "google.colab" not in sys.modules:
         return
     if not uploaded:
-        say("machine: kept, as its disk is the only place where the model is")
+        say("machine: kept, since the model is on its disk only")
         return
     from google.colab import runtime
 

@@ -10,26 +10,124 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from onechip.errors import UserError, print_one_line_errors, require, say
-from onechip.machine import in_notebook
+from onechip.errors import UserError, in_notebook, require, say
+
+LARGEST = 2**63 - 1  # of an int without a bound of its own: what 64 bits hold
 
 
-def setting(default, help, fixed=False):
-    """A dataclass field with a default and the line that `--help` shows for it; fixed: a run never changes it."""
-    return dataclasses.field(default=default, metadata={"help": help, "fixed": fixed})
+class Rule(NamedTuple):
+    """What a setting's value must satisfy besides its type; None: no such bound."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    choices: tuple | None = None
+    why: str = ""
+
+    def allows(self, value):
+        """Whether a value of the right type keeps to the rule."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.choices is None or value in self.choices)
+        )
+
+    def range(self, kind):
+        """(what --help shows, what a refusal says) for a field of type `kind`; empty strings without a bound."""
+        if self.choices is not None:
+            names = [str(choice) for choice in self.choices]
+            shown = " or ".join(names) if len(names) == 2 else f"one of {', '.join(names)}"
+            return shown, f"use {shown}"
+        low = self.at_least if self.above is None else self.above
+        high = self.at_most if self.below is None else self.below
+        if low is not None and high is not None:
+            left, right = "[" if self.above is None else "(", "]" if self.below is None else ")"
+            return f"in {left}{low}, {high}{right}", f"must lie in {left}{low}, {high}{right}"
+        if self.at_least == 0:
+            return "not negative", "must not be negative"
+        shown = self._one_bound(kind)
+        return shown, f"must be {shown}"
+
+    def _one_bound(self, kind):
+        if self.above is not None:
+            return f"greater than {self.above}"
+        if self.at_least is not None:
+            return "a positive integer" if kind is int and self.at_least == 1 else f"at least {self.at_least}"
+        if self.below is not None:
+            return f"less than {self.below}"
+        return "" if self.at_most is None else f"at most {self.at_most}"
+
+
+def setting(default, help, *, fixed=False, above=None, at_least=None, below=None, at_most=None, choices=None, why=""):
+    """A dataclass field of type bool, int, float or str: its default, its line in `--help`, and its rule.
+
+    fixed: a run keeps this value from its first step to its last. above, at_least, below, at_most: bounds of a number.
+    choices: the values to choose from. why: the reason for the rule, added to a refusal.
+    """
+    rule = Rule(above, at_least, below, at_most, choices and tuple(choices), why)
+    return dataclasses.field(default=default, metadata={"help": help, "fixed": fixed, "rule": rule})
+
+
+def check_fields(config):
+    """Raises UserError for the first field of a dataclass that is not of its type or breaks its rule."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        check_type(name, value, field.type)
+        rule = field.metadata.get("rule", Rule())
+        if field.type is int and rule.at_most is None:
+            require(-LARGEST <= value <= LARGEST, name, value, f"must fit into 64 bits: at most {LARGEST}")
+        remedy = rule.range(field.type)[1]
+        require(rule.allows(value), name, value, f"{remedy}: {rule.why}" if rule.why else remedy)
+
+
+def check_type(name, value, kind):
+    """Raises UserError unless a value is of type `kind`: a float may be an int, but a number is never a bool."""
+    if kind is bool:
+        require(isinstance(value, bool), name, value, "must be true or false")
+    elif kind is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(is_number and is_finite(value), name, value, "must be a finite float")
+    elif kind is int:
+        require(isinstance(value, int) and not isinstance(value, bool), name, value, "must be a finite int")
+    else:
+        require(isinstance(value, kind), name, value, f"must be a {kind.__name__}")
+
+
+def is_finite(number):
+    """Whether an int or a float is a finite number as a float."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int beyond the largest float
+        return False
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message}. --help lists every setting")
+        raise UserError(f"{shorten(message)}. --help lists every setting")
+
+
+def shorten(text):
+    """A text of at most 300 characters, the beginning and the end of a longer one."""
+    return text if len(text) <= 300 else f"{text[:200]}...{text[-50:]}"
 
 
 def boolean(text):
-    """true or false, yes or no, 1 or 0."""
+    """True or False from true or false, yes or no, 1 or 0."""
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise ValueError(text)
     return text.lower() in ("true", "1", "yes")
+
+
+def describe_field(field):
+    """A field's line in `--help`: what it means, its default and its range."""
+    default = str(field.default).lower() if field.type is bool else repr(field.default)
+    shown = field.metadata.get("rule", Rule()).range(field.type)[0]
+    return f"{field.metadata.get('help', '')} (default: {default}{'; ' if shown else ''}{shown})"
 
 
 def _make_parser(classes):
@@ -42,7 +140,7 @@ def _make_parser(classes):
                 type=boolean if field.type is bool else field.type,
                 default=argparse.SUPPRESS,
                 metavar=field.type.__name__.upper(),
-                help=f"{field.metadata.get('help', '')} (default: {field.default!r})".replace("%", "%%"),
+                help=describe_field(field).replace("%", "%%"),
             )
     return parser
 
@@ -53,15 +151,16 @@ def parse_settings(*classes, overrides=""):
     In a notebook that is the text `overrides` ("--n_head 4 --data offline"), in a script the command line after it.
     Raises UserError on a wrong name, with the nearest right one, and on a value of the wrong type.
     """
-    if not in_notebook():
-        sys.excepthook = print_one_line_errors
-    words = shlex.split(overrides) + ([] if in_notebook() else sys.argv[1:])
-    given, unknown = _make_parser(classes).parse_known_args(words)
+    try:
+        words = shlex.split(overrides)
+    except ValueError as error:
+        raise UserError(f"{shorten(overrides)!r}: {error}. Write it as on a command line") from None
+    given, unknown = _make_parser(classes).parse_known_args(words if in_notebook() else words + sys.argv[1:])
     if unknown:
         names = [field.name for cls in classes for field in dataclasses.fields(cls)]
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, n=1)
         hint = f"; did you mean --{near[0]}?" if near else "."
-        raise UserError(f"unknown setting {unknown[0]!r}{hint} --help lists every setting")
+        raise UserError(f"unknown setting {shorten(unknown[0])!r}{hint} --help lists every setting")
     return [{f.name: getattr(given, f.name) for f in dataclasses.fields(cls) if f.name in given} for cls in classes]
 
 
@@ -71,13 +170,16 @@ class Run:
 
     preset: str = setting("", "chip, gpu or laptop; empty: by the device")
     data: str = setting("", "offline, fineweb, or a folder of parquet shards; empty: offline for laptop, else fineweb")
-    num_shards: int = setting(0, "FineWeb-Edu shards to train on, 50M tokens each; 0: as many as the run needs")
+    num_shards: int = setting(0, "FineWeb-Edu shards to train on, 50M tokens each; 0: as many as needed", at_least=0)
     name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")
     out: str = setting("runs", "folder for the runs")
-    preflight: str = setting("", 'only say what a step needs, "here" or on a TPU that is not: "v6e:1x1", "v5e:2x2"')
-    hub_repo: str = setting("", "Hub repository to upload to, where there is a token; empty: <you>/onechip-<name>")
-    weights_minutes: float = setting(15.0, "minutes between uploads of the weights")
-    state_minutes: float = setting(60.0, "minutes between uploads of whole checkpoints, three times as large")
+    preflight: str = setting("", 'only report what a step needs, "here" or on a TPU not attached: "v6e:1x1", "v5e:2x2"')
+    hub_repo: str = setting("", "Hub repository to upload to, if there is a token; empty: <you>/onechip-<name>")
+    weights_minutes: float = setting(15.0, "minutes between uploads of the weights", at_least=0)
+    state_minutes: float = setting(60.0, "minutes between uploads of checkpoints, three times as large", at_least=0)
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def name_run(run, config):
@@ -87,7 +189,7 @@ def name_run(run, config):
 
 
 def choose(config_class, presets, overrides="", run_class=Run):
-    """(Run, config) with nothing left open: a preset by the device, then what the user set. Says what and why."""
+    """(Run, config) with nothing left open: a preset by the device, then what the user set. Prints what and why."""
     run, fields = parse_settings(run_class, config_class, overrides=overrides)
     run, config = settle(run_class(**run), config_class, presets, fields)
     run = dataclasses.replace(run, name=run.name or name_run(run, config))
@@ -102,20 +204,26 @@ def count_tokens(config):
 
 
 def settle(run, config_class, presets, fields):
-    """(run, config): preset, data and number of shards of a Run as set or by the device, and what follows from them."""
+    """(run, config): a Run whose preset, data and number of shards are filled in, and the config that follows."""
     import jax
 
     device = jax.local_devices()[0]
-    topology = run.preflight not in ("", "here")
-    preset = run.preset or ("chip" if topology else {"tpu": "chip", "cpu": "laptop"}.get(device.platform, "gpu"))
+    preset, because = pick_preset(run, device.platform)
     require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
     config = config_class(**{**presets[preset], **fields})
     data = run.data or ("offline" if preset == "laptop" else "fineweb")
     shards = run.num_shards or min(1000, math.ceil(count_tokens(config) / 50e6))
-    because = "as set" if run.preset else f"as the device is a {device.platform}"
-    whose = "as set" if run.data else f"as the preset is {preset}"
-    say(
-        f"device: {jax.local_device_count()} x {device.device_kind} (jax {jax.__version__}, {os.cpu_count()} CPU cores)"
-    )
-    say(f"preset: {preset}, {because}; data: {data}, {whose}; --help lists all that can be set")
+    data_because = "as set" if run.data else f"as the preset is {preset}"
+    devices = f"{jax.local_device_count()} x {device.device_kind}"
+    say(f"device: {devices} (jax {jax.__version__}, {os.cpu_count()} CPU cores)")
+    say(f"preset: {preset}, {because}; data: {data}, {data_because}; --help lists every setting")
     return dataclasses.replace(run, preset=preset, data=data, num_shards=shards), config
+
+
+def pick_preset(run, platform):
+    """(preset, why) of a Run: as set, or by the device it is for."""
+    if run.preset:
+        return run.preset, "as set"
+    if run.preflight not in ("", "here"):
+        return "chip", "as --preflight names a TPU"
+    return {"tpu": "chip", "cpu": "laptop"}.get(platform, "gpu"), f"as the device is a {platform}"

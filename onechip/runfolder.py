@@ -1,0 +1,80 @@
+"""A run's folder: the name of every file and folder that a run leaves behind, in one place."""
+
+import re
+from pathlib import Path
+
+from onechip.files import read_json
+
+CONFIG = "config.json"  # in a run: settings and origin; in a checkpoint: the settings alone
+METRICS = "metrics.jsonl"
+
+# The other files of a checkpoint.
+PARAMS, OPT, STREAM = "params.safetensors", "opt.safetensors", "stream.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
+
+
+def checkpoint_name(step):
+    """The name of a step's checkpoint folder: step_00000123."""
+    return f"step_{step:08d}"
+
+
+def find_checkpoints(folder):
+    """{step: path} of the checkpoints in a folder, oldest first. Any other name is a person's, and not ours to touch.
+
+    A link to a folder is found, too: it can be read, but it is not ours to rename or delete.
+    """
+    found = {}
+    for path in Path(folder).glob("step_*"):
+        digits = path.name.removeprefix("step_")
+        if re.fullmatch("[0-9]{8,}", digits) and path.name == checkpoint_name(int(digits)) and path.is_dir():
+            found[int(digits)] = path
+    return dict(sorted(found.items()))
+
+
+class RunFolder:
+    """The folder of one run. Nothing is created by naming it."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    @property
+    def config(self):
+        """Settings, model, commit, versions, device, data and tokenizer."""
+        return self.path / CONFIG
+
+    @property
+    def metrics(self):
+        """One JSON object a line: a step's loss and speed, or an evaluation's scores."""
+        return self.path / METRICS
+
+    @property
+    def picture(self):
+        """The loss curve."""
+        return self.path / "loss.png"
+
+    @property
+    def profile(self):
+        """The folder of the trace."""
+        return self.path / "profile"
+
+    @property
+    def checkpoints(self):
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self):
+        """The folder of the exported model."""
+        return self.path / "model"
+
+    def checkpoint(self, step):
+        """The folder of the checkpoint after `step` steps."""
+        return self.checkpoints / checkpoint_name(step)
+
+    def nonfinite(self, step):
+        """The folder for the state of a step whose loss is no number; no run resumes from it."""
+        return self.checkpoints / f"nonfinite_{step:08d}"
+
+    def read_config(self):
+        """config.json as a dict; UserError, one line, if there is none that can be read."""
+        return read_json(self.config)
