@@ -72,9 +72,7 @@ class SafeStream:
             yield
         except (OSError, ValueError) as error:  # a ValueError: the program itself has closed the stream
             if self._disconnect() and self._stream is sys.__stdout__:
-                SafeStream(sys.__stderr__).write(
-                    f"stdout failed ({first_line(error)}): nothing more is printed there\n"
-                )
+                SafeStream(sys.__stderr__).write(f"stdout failed ({first_line(error)}); continuing without it\n")
 
     def _disconnect(self):
         """Connects a standard stream to nothing; whether it did. Without this, Python's flush at exit fails again."""
