@@ -1,22 +1,47 @@
-"""What a run came to: the summary it prints and the model card it uploads."""
+"""A run's results: the summary it prints and the model card it uploads."""
 
 import json
 
 
+def describe_score(result):
+    """The held-out score in words: bits per byte next to gzip's, and nats per token; None if none was taken."""
+    if result.val_loss is None:
+        return None
+    nats = f"{result.val_loss:.3f} nats per token"
+    if result.val_bpb is None:
+        return nats
+    return f"{result.val_bpb:.3f} bits per byte, where gzip -9 needs {result.gzip_bpb:.3f}; {nats}"
+
+
 def describe_result(result, config):
-    """What came out of a run, in a few lines."""
+    """What a run has reached, in a few lines: steps, scores, samples, and the files in its folder.
+
+    result has step, val_loss, val_bpb, gzip_bpb, samples and run_dir. val_loss (nats per token) and val_bpb (bits per
+    byte) are None where there is no such score.
+    """
     lines = [f"trained: {result.step:,} of {config.num_iterations:,} steps"]
+    if result.val_loss is not None:
+        lines[0] += f", held-out loss {result.val_loss:.3f} nats per token"
     if result.val_bpb is not None:
         gain = 1 - result.val_bpb / result.gzip_bpb
         verdict = f"{gain:.0%} below" if gain > 0 else f"{-gain:.0%} above"
-        lines[0] += f", held-out loss {result.val_loss:.3f} nats per token"
         lines.append(f"held-out text: {result.val_bpb:.3f} bits per byte, {verdict} gzip -9 with {result.gzip_bpb:.3f}")
     lines += [f"sample: {prompt!r} -> {text!r}" for prompt, text in result.samples]
-    names = {
-        "events.*" if p.name.startswith("events.") else p.name + "/" * p.is_dir() for p in result.run_dir.iterdir()
-    }
-    lines.append(f"left in {result.run_dir}: {', '.join(sorted(names))}")
+    lines.append(f"left in {result.run_dir}: {', '.join(list_files(result.run_dir))}")
     return "\n".join(lines)
+
+
+def list_files(folder):
+    """Sorted names of what a folder holds, without hidden files; folders end in "/", event files are one name."""
+    names = set()
+    for path in folder.iterdir():
+        if path.name.startswith("."):  # what a killed process left half-written
+            continue
+        if path.name.startswith("events."):
+            names.add("events.*")
+        else:
+            names.add(f"{path.name}/" if path.is_dir() else path.name)
+    return sorted(names)
 
 
 PLAIN_WEIGHTS = """\
@@ -26,24 +51,20 @@ with `encode_special_tokens = True` for text that you did not write. Every docum
 
 
 def model_card(result, about, parameters, loading, dataset="", notes=PLAIN_WEIGHTS, library="jax"):
-    """README.md of a model's repository: what it is, how good, from what, and how to load it.
+    """README.md of a model's repository: what it is, how good it is, what it was trained on, how to load it.
 
-    about: the run's config.json as a dict; loading: lines of Python that sample from the model, which must run as they
-    stand in a clone of the repository; dataset: the Hub's name of what it was trained on, if it has one; notes: what
-    else who loads it must know; library: the Hub's name of the one that `loading` uses.
+    about: the run's config.json as a dict; parameters: their number; loading: lines of Python that sample from the
+    model and run unchanged in a clone of the code's repository; dataset: the Hub's name of the training data, if it has
+    one; notes: what else to know for loading it; library: the Hub's name of the library that `loading` uses.
     """
     config, data, commit = about["config"], about["data"], about["commit"] or "unknown"
-    batch, source = config["total_batch_size"] * config["seq_len"], f"{data['name']} at revision `{data['revision']}`"
-    score = "not taken yet"
-    if result.val_bpb is not None:
-        score = f"{result.val_bpb:.3f} bits per byte, where gzip -9 needs {result.gzip_bpb:.3f}"
-        score += f"; {result.val_loss:.3f} nats per token"
+    batch = config["total_batch_size"] * config["seq_len"]
     rows = {
-        "held-out text": score,
+        "held-out text": describe_score(result) or "not taken yet",
         "size": f"{parameters:,} parameters, float32",
         "trained": f"{result.step:,} of {config['num_iterations']:,} steps of {batch:,} tokens, "
         f"{result.step * batch:,} in all",
-        "data": f"{source}, {data['shards']} training shards",
+        "data": f"{data['name']} at revision `{data['revision']}`, {data['shards']} training shards",
         "tokenizer": f"byte-level BPE, {config['vocab_size']:,} tokens",
         "made with": f"commit {commit[:12]}{commit[40:]}, jax {about['jax']}, {about['device']}",
     }
@@ -73,7 +94,7 @@ tags:
 {datasets}---
 # {name}
 
-A GPT in the manner of nanochat, pretrained from scratch by onechip. It goes on with a text; it has not been taught to
+A GPT in the style of nanochat, pretrained from scratch by onechip. It continues a text. It has not been trained to
 answer questions or to follow instructions, and what it writes may be wrong or offensive.
 
 | | |
@@ -90,7 +111,7 @@ answer questions or to follow instructions, and what it writes may be wrong or o
 
 {notes}
 
-What it wrote at the end of its training:
+Samples from the end of its training:
 
 ```
 {samples}
@@ -102,5 +123,5 @@ What it wrote at the end of its training:
 {config}
 ```
 
-Code: MIT. The licence above is meant for the weights; the training text has its own.
+The licence named above is that of the weights. The code is MIT; the training text has its own licence.
 """

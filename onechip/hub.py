@@ -1,116 +1,134 @@
-"""The Hugging Face Hub: retries, uploads, and a repository as a run's second home."""
+"""The Hugging Face Hub: repository names, uploads, and a repository as a run's second home."""
 
 import concurrent.futures
+import hashlib
 import math
 import os
+import re
 import shutil
 import time
 from pathlib import Path
 
 from onechip.checkpoints import MANIFEST, find_damage, newest_checkpoint
-from onechip.errors import UserError, first_line, say
-from onechip.files import is_full, link_or_copy
-
-ATTEMPTS = 5
-
-
-FIRST_PAUSE = 1.0  # seconds, doubled with each attempt
+from onechip.errors import UserError, require, say
+from onechip.files import link_or_copy
+from onechip.hubclient import connect, describe_error, load_hub, status_of, try_again, without_bars
+from onechip.runlog import say_above_bars
 
 
-STALL = 60.0  # seconds without a byte
+def is_repo_name(name):
+    """Whether the Hub takes a name: 96 of A-Z a-z 0-9 _ - . at most, with no "--", ".." or outer "-" and "."."""
+    form = re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?", name)
+    return bool(form) and not re.search(r"--|\.\.|\.git$", name)
 
 
-def load_hub():
-    """Imports huggingface_hub with time-outs; it reads them, and HF_ENDPOINT, from the environment at its import."""
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "20")
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "20")
-    # Plain HTTP keeps to these time-outs; a xet download can hang for ever (huggingface_hub#4085).
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    import huggingface_hub
-    from huggingface_hub.utils import _http
-
-    if _http.default_client_factory is not _make_client.made_by:  # once: setting it closes the open connections
-        _make_client.made_by = _http.default_client_factory
-        huggingface_hub.set_client_factory(_make_client)
-    return huggingface_hub
+def repo_name(name):
+    """A run's name as the Hub takes it. One that has to change ends in a hash: no two may share a repository."""
+    if is_repo_name(name):
+        return name
+    words = "-".join(re.findall(r"[A-Za-z0-9_]+", name))
+    return f"{words[:80].rstrip('-')}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:6]}"
 
 
-def _make_client():
-    client = _make_client.made_by()
-    client.timeout = STALL  # its own is none: an upload that stalls would never end
-    return client
+def choose_repo(hub_repo, name, ask_user):
+    """`hub_repo`, or `name` made valid where that is empty; of the account ask_user() where no owner is named.
+
+    UserError for a hub_repo that the Hub does not take.
+    """
+    *owner, repo = hub_repo.split("/") if hub_repo else [repo_name(name)]
+    valid = len(owner) < 2 and all(map(is_repo_name, [*owner, repo]))
+    require(valid, "hub_repo", hub_repo, "must be owner/name, each of letters, digits and single - _ . inside")
+    return f"{owner[0] if owner else ask_user()}/{repo}"
 
 
-_make_client.made_by = None
-
-
-def is_final(error: Exception) -> bool:
-    """Whether trying again cannot help: what was asked for is not there or not ours, or the disk is full."""
-    errors = load_hub().errors
-    absent = (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-    return refused or isinstance(error, absent) or is_full(error)
-
-
-def try_again(action, what: str):
-    """action(), again after 1, 2, 4, 8 s when it fails; UserError when it keeps failing, "<what> (<reason>)"."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return action()
-        except UserError:
-            raise
-        except Exception as error:  # httpx's, huggingface_hub's and the system's errors have no common class
-            final = is_final(error)
-            if final or attempt == ATTEMPTS - 1:
-                tried = "" if final else f" after {ATTEMPTS} attempts"
-                remedy = "check the name and revision" if final else "check the network and run again"
-                raise UserError(f"{what}{tried} ({first_line(error)}); {remedy}, what came is kept") from error
-        time.sleep(FIRST_PAUSE * 2**attempt)
+def find_user(api, token):
+    """The name of the account that a token belongs to; UserError if the Hub does not take it."""
+    return try_again(api.whoami, "the Hub does not say who we are", "check the network", token)["name"]
 
 
 def upload_folder(folder: Path, files: list[str], token: str | None, hub_repo: str = "", name: str = "") -> str | None:
-    """One commit with `files` of `folder` to `hub_repo` (default: <you>/<name>), made private if it is new.
+    """One commit with `files` of `folder` to `hub_repo` (default: <you>/<name>), which is private if it is new.
 
     Returns the commit's address, or None with a line that says why nothing was uploaded: no token, or a refusal.
     """
     if not token:
         say(f"upload: none, as there is no HF_TOKEN in the environment or in Colab's secrets; all is in {folder}")
         return None
-    api = load_hub().HfApi(token=token)
+
+    def commit():
+        api.create_repo(repo, private=True, exist_ok=True)
+        message = f"Upload {', '.join(files)}"
+        return api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files, commit_message=message)
+
     try:
-        hub_repo = hub_repo or f"{api.whoami()['name']}/{name}"
-        api.create_repo(hub_repo, private=True, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=hub_repo, folder_path=folder, allow_patterns=files, commit_message=f"Upload {', '.join(files)}"
-        )
+        api = connect(token)
+        repo = choose_repo(hub_repo, name, lambda: find_user(api, token))
+        address = try_again(commit, f"the Hub refused {repo}", "check the network", token).commit_url
     except Exception as error:  # what was trained is on disk: a refusal must not end the run
-        say(f"upload: none, as the Hub refused {hub_repo or name} ({first_line(error)}); all is in {folder}")
+        say(f"upload: none, as {describe_error(error, token)}; all is in {folder}")
         return None
-    say(f"upload: {', '.join(files)} to {commit.commit_url}")
-    return commit.commit_url
+    say(f"upload: {', '.join(files)} to {address}")
+    return address
+
+
+class UploadReport:
+    """What is printed about the uploads to a repository: a failure when it happens, a recovery, and a sum at the end.
+
+    Failures of the same kind in a row, as each checkpoint has while the network is down, are one line.
+    """
+
+    def __init__(self, repo, token):
+        self._repo, self._token = repo, token
+        self._failures, self._last_failure, self._kind, self._last_good = 0, "", None, "none"
+
+    def failed(self, name, error, text):
+        """name: the checkpoint's; error: what its upload ended with; text: the line about it."""
+        cause = error.__cause__ or error
+        kind = type(cause), status_of(cause)
+        if kind != self._kind:
+            say_above_bars(f"upload: {text}")
+        self._failures += 1
+        self._last_failure, self._kind = f"{name} ({describe_error(cause, self._token)})", kind
+
+    def worked(self, name):
+        """name: that of the checkpoint that is on the Hub now."""
+        if self._kind:
+            say_above_bars(f"upload: works again, {name} is on {self._repo}")
+        self._last_good, self._kind = f"{name} at {time.strftime('%Y-%m-%d %H:%M')}", None
+
+    def sum_up(self):
+        """Prints one line if any upload failed."""
+        if self._failures:
+            last = f"the last of them {self._last_failure}; the last one that worked: {self._last_good}"
+            say(f"upload: {self._failures} to {self._repo} failed, {last}")
 
 
 class HubMirror:
     """A Hub repository as a run's second home: checkpoints go up in a thread, one commit each, and come back from it.
 
     Weights go up every `weights_minutes`, whole checkpoints every `state_minutes`, the last one in any case. Training
-    never waits and never stops for it: what failed after retries is told by `finish`.
+    never waits for an upload and never ends because of one: a failure is reported when it happens and by `finish`.
     """
 
     def __init__(self, token, repo, weights_minutes=15.0, state_minutes=60.0):
-        self._api, self.repo, self._minutes = load_hub().HfApi(token=token), repo, (weights_minutes, state_minutes)
+        self._api, self._token, self.repo = connect(token), token, repo
+        self._minutes = (weights_minutes, state_minutes)
         self._uploaded = [-math.inf, -math.inf]  # when weights and whole checkpoints last went up
-        self._newest, self._whole, self._failures, self._exists = None, None, [], False
+        self._newest = None  # the checkpoint that was offered last
+        self._whole = None  # the one that went up whole last
+        self._exists = False  # whether the repository is known to exist
+        self._report = UploadReport(repo, token)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "hub")
 
     def offer(self, path):
-        """Takes a checkpoint that is in place; uploads it if it is due and still the newest when its turn comes."""
+        """Takes a complete checkpoint; uploads it if that is due and it is still the newest when its turn comes."""
         held = path.with_name(f".{path.name}.upload")  # links: clearing old checkpoints away does not touch them
         try:
             shutil.rmtree(held, ignore_errors=True)
             shutil.copytree(path, held, copy_function=link_or_copy)
         except OSError as error:
-            self._failures.append(f"{path.name}: cannot be kept for its upload ({first_line(error)})")
+            reason = describe_error(error, self._token)
+            self._report.failed(path.name, error, f"{path.name}: cannot be kept for its upload ({reason})")
             return
         before, self._newest = self._newest, held
         self._pool.submit(self._upload_if_due, held)
@@ -118,24 +136,33 @@ class HubMirror:
             self._pool.submit(shutil.rmtree, before, ignore_errors=True)
 
     def _upload_if_due(self, held):
+        now = time.monotonic()
         weights_due, state_due = (
-            time.monotonic() - at >= 60 * minutes for at, minutes in zip(self._uploaded, self._minutes, strict=True)
+            now - at >= 60 * minutes for at, minutes in zip(self._uploaded, self._minutes, strict=True)
         )
         if held == self._newest and (weights_due or state_due):
-            self._upload(held, whole=state_due)
+            with without_bars():  # training shows its own
+                self._upload(held, whole=state_due)
 
     def _upload(self, held, whole):
         name = held.name.removeprefix(".").removesuffix(".upload")
         self._uploaded[0] = time.monotonic()
         if whole:
             self._uploaded[1] = time.monotonic()
-        if not self._try(name, self._commit, held, name, whole):
+        try:
+            what = f"{name}: cannot be uploaded to {self.repo}"
+            remedy = "training continues and tries it with the next checkpoint"
+            try_again(lambda: self._commit(held, name, whole), what, remedy, self._token)
+        except Exception as error:  # an upload that fails must not stop training
+            self._report.failed(name, error, describe_error(error, self._token))
             self._uploaded = [-math.inf, -math.inf]  # the next one is due at once
-        elif whole:
+            return
+        self._report.worked(name)
+        if whole:
             self._whole = held
 
     def _commit(self, held, name, whole):
-        add, delete = (load_hub().CommitOperationAdd, load_hub().CommitOperationDelete)
+        add, delete = load_hub().CommitOperationAdd, load_hub().CommitOperationDelete
         weights = ("params.safetensors", "config.json", "metrics.jsonl")
         if not self._exists:
             self._api.create_repo(self.repo, private=True, exist_ok=True)
@@ -143,41 +170,34 @@ class HubMirror:
         operations = [add(file, str(held / file)) for file in weights]
         if whole:
             operations += [add(f"checkpoints/{name}/{file.name}", str(file)) for file in sorted(held.iterdir())]
-            old = {
-                path.split("/")[1] for path in self._api.list_repo_files(self.repo) if path.startswith("checkpoints/")
-            }
-            # older ones: one that is newer was found damaged, and is not ours to delete
+            files = self._api.list_repo_files(self.repo)
+            old = {path.split("/")[1] for path in files if path.startswith("checkpoints/")}
+            # Older ones only: a newer one was found damaged, and is not ours to delete.
             operations += [delete(f"checkpoints/{step}/", is_folder=True) for step in sorted(old) if step < name]
         what = "whole" if whole else "weights"
         self._api.create_commit(self.repo, operations, commit_message=f"{name}, {what}")
 
-    def _try(self, what, action, *args, **kwargs):
-        try:
-            try_again(lambda: action(*args, **kwargs), f"{what}: cannot be uploaded to {self.repo}")
-            return True
-        except Exception as error:  # an upload that fails must not stop training
-            self._failures.append(first_line(error))
-            return False
-
     def finish(self):
-        """Uploads the newest checkpoint whole, unless that is done, waits, says what failed and ends the thread."""
+        """Uploads the newest checkpoint whole, unless that is done, waits, sums up failures and ends the thread."""
         if self._newest and self._newest != self._whole:
             self._pool.submit(self._upload, self._newest, whole=True)
         if self._newest:
             self._pool.submit(shutil.rmtree, self._newest, ignore_errors=True)
         self._pool.shutdown(wait=True)
-        for failure in dict.fromkeys(self._failures):
-            say(f"upload: {failure}")
+        self._report.sum_up()
 
     def restore(self, folder):
-        """Brings the Hub's newest whole checkpoint to `folder`, or offers the one there if the Hub has none as new."""
+        """Brings the Hub's newest whole checkpoint to `folder`, if it is newer than the newest one there.
+
+        If the one in `folder` is newer, it is offered. UserError if the Hub cannot be reached and `folder` has none.
+        """
         here = newest_checkpoint(folder)
         try:
             names = self._list_checkpoints()
         except UserError as error:
-            if here is None:  # starting afresh would be the loss of a run
+            if here is None:  # a fresh start might lose a run
                 raise
-            say(f"checkpoint: going on from {here}, without a look at the Hub: {error}")
+            say(f"checkpoint: resuming from {here} without a look at the Hub: {error}")
             return
         for name in sorted(names, reverse=True):
             if here and name <= here.name:
@@ -189,21 +209,27 @@ class HubMirror:
             self.offer(here)
 
     def _list_checkpoints(self):
-        errors = load_hub().errors
+        absent = load_hub().errors.RepositoryNotFoundError
         try:
-            paths = try_again(lambda: self._api.list_repo_files(self.repo), f"{self.repo}: cannot be listed")
+            paths = try_again(
+                lambda: self._api.list_repo_files(self.repo), f"{self.repo}: cannot be listed", token=self._token
+            )
         except UserError as error:
-            if isinstance(error.__cause__, errors.RepositoryNotFoundError):
+            if isinstance(error.__cause__, absent):
                 return set()  # the first run of this name
             raise
         return {path.split("/")[1] for path in paths if path.startswith("checkpoints/") and path.endswith(MANIFEST)}
 
     def _download(self, name, folder):
+        """Whether a checkpoint of the Hub arrived in `folder`, undamaged."""
         part = folder / f".{name}.download"
         arrived = part / "checkpoints" / name
-        fetch = lambda: self._api.snapshot_download(self.repo, allow_patterns=f"checkpoints/{name}/*", local_dir=part)
-        for _ in range(2):  # a byte may flip on the way: twice, before a checkpoint is given up
-            try_again(fetch, f"{name}: cannot be downloaded from {self.repo}")
+
+        def fetch():
+            self._api.snapshot_download(self.repo, allow_patterns=f"checkpoints/{name}/*", local_dir=part)
+
+        for _ in range(2):  # a bit may flip on the way: a checkpoint is given up after the second time
+            try_again(fetch, f"{name}: cannot be downloaded from {self.repo}", token=self._token)
             damage = find_damage(arrived)
             if damage is None:
                 os.replace(arrived, folder / name)
@@ -215,14 +241,17 @@ class HubMirror:
 
 
 def open_mirror(run, token):
-    """The HubMirror of a Run, or None without a token or a Hub that takes it, which is said at once."""
+    """The HubMirror of a Run; None, with a line that says why, without a token that the Hub takes.
+
+    Training does not need the Hub: whatever is wrong with it, with the token or with a name, nothing is raised.
+    """
     if not token:
         return None
     try:
-        whoami = load_hub().HfApi(token=token).whoami
-        repo = run.hub_repo or f"{try_again(whoami, 'the Hub does not say who we are')['name']}/onechip-{run.name}"
-    except Exception as error:  # training does not need the Hub
-        say(f"upload: checkpoints stay here: {first_line(error)}")
+        user = find_user(connect(token), token)  # also where the repository is named: a token that expired is found now
+        repo = choose_repo(run.hub_repo, f"onechip-{run.name}", lambda: user)
+    except Exception as error:
+        say(f"upload: checkpoints stay here: {describe_error(error, token)}")
         return None
     say(f"checkpoints: in {run.out}/{run.name}/checkpoints and, in the background, on {repo}")
     return HubMirror(token, repo, run.weights_minutes, run.state_minutes)

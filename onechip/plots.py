@@ -5,24 +5,37 @@ import itertools
 from onechip.files import atomic_write
 from onechip.machine import in_notebook
 
+_cells_with_a_picture = set()  # display ids of cells that show one already
+
 
 def show_picture(path):
-    """Shows a PNG below the running cell of a notebook, in place of the last one; None keeps the place for one."""
+    """Shows a PNG below the running cell of a notebook, in place of the last one; None reserves the place."""
     if in_notebook():
         from IPython import get_ipython
         from IPython.display import HTML, Image, display
 
         cell = f"onechip-{get_ipython().execution_count}"
-        display(Image(path, width=800) if path else HTML(), display_id=cell, update=cell in show_picture.cells)
-        show_picture.cells.add(cell)
+        picture = Image(path, width=800) if path else HTML()
+        display(picture, display_id=cell, update=cell in _cells_with_a_picture)
+        _cells_with_a_picture.add(cell)
 
 
-show_picture.cells = set()
+def title_losses(evals, gzip_bpb=None):
+    """The title of a loss curve: the newest held-out score, in bits per byte where the rows have that."""
+    if not evals:
+        return "training"
+    if "val_bpb" not in evals[-1]:
+        return f"{evals[-1]['val_loss']:.3f} nats per token held out"
+    bits = f"{evals[-1]['val_bpb']:.3f} bits per byte held out"
+    return bits if gzip_bpb is None else f"{bits}; gzip -9 needs {gzip_bpb:.3f}"
 
 
-def plot_losses(rows, gzip_bpb, path):
-    """Writes loss.png from rows of metrics.jsonl: training and held-out loss, and the learning rate below."""
-    from matplotlib.figure import Figure
+def plot_losses(rows, path, gzip_bpb=None):
+    """Writes a PNG from rows of metrics.jsonl: training and held-out loss, and the learning rate below.
+
+    gzip_bpb: bits per byte that gzip -9 needs for the held-out text, to compare with.
+    """
+    from matplotlib.figure import Figure  # here, because importing it looks for fonts
 
     steps, evals = ([row for row in rows if name in row] for name in ("loss", "val_loss"))
     x, loss = [row["step"] for row in steps], [row["loss"] for row in steps]
@@ -36,8 +49,7 @@ def plot_losses(rows, gzip_bpb, path):
         above.plot(x[span - 1 :], mean, color="tab:blue", label=f"training, mean of {span} steps")
     dots = {"marker": "o", "markersize": 6 if len(evals) < 20 else 2}
     above.plot([row["step"] for row in evals], [row["val_loss"] for row in evals], color="C1", label="held out", **dots)
-    bits = f"{evals[-1]['val_bpb']:.3f} bits per byte held out; gzip -9 needs {gzip_bpb:.3f}" if evals else "training"
-    above.set(title=bits, ylabel="loss, nats per token", yscale="log")
+    above.set(title=title_losses(evals, gzip_bpb), ylabel="loss, nats per token", yscale="log")
     for axis_format in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
         axis_format("{x:.4g}")
     above.legend()

@@ -1,4 +1,4 @@
-"""A trace of a few steps, for XProf."""
+"""A trace of a few training steps, for XProf."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def without_tensorflow():
-    """Gives jaxlib 0.7's profiler an empty module in place of TensorFlow's, whose absence it complains of on stderr."""
+    """Puts an empty module in TensorFlow's place: jaxlib 0.7's profiler complains on stderr where there is none."""
     names = {"tensorflow", "tensorflow.python.profiler.trace"} - set(sys.modules)
     sys.modules |= {name: types.ModuleType(name) for name in names}
     try:
@@ -19,19 +19,20 @@ def without_tensorflow():
 
 
 class ProfileWindow:
-    """Traces `count` steps from `first` into `folder`, for XProf; a run too short for that traces its last ones.
+    """Traces `count` steps, from step `first` on, into `folder`; a run too short for that has its last steps traced.
 
-    Five steps: a long trace loses its device rows (jax#23446) or comes out empty.
+    Five steps by default: a longer trace loses its device rows (jax#23446) or comes out empty.
     """
 
     def __init__(self, folder, num_steps, first=15, count=5):
+        """num_steps: the steps that this process will run; steps are counted from 0 here."""
         self._folder = Path(folder)
         self._first = max(0, min(first, num_steps - count))
         self._last = min(num_steps, self._first + count) - 1
         self._on = False
 
     def before(self, step):
-        """Starts the trace if `step`, counted from 0 in this process, opens the window; annotates the step."""
+        """Starts the trace if `step` is its first; returns the context manager that annotates the step."""
         import jax
 
         if step == self._first:
@@ -43,7 +44,7 @@ class ProfileWindow:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step, result):
-        """Stops the trace, once `result` is computed, if `step` closes the window."""
+        """Stops the trace if `step` is its last, after waiting for `result`, what the step computes on the device."""
         import jax
 
         if self._on and step >= self._last:
@@ -51,6 +52,7 @@ class ProfileWindow:
             self.close()
 
     def close(self):
+        """Stops the trace if it is on."""
         import jax
 
         if self._on:

@@ -14,7 +14,7 @@ from onechip.files import atomic_write, telling_full_disk
 from onechip.machine import in_notebook
 from onechip.plots import show_picture
 
-# Names in metrics.jsonl -> in TensorBoard, grouped by what stands before the slash: it opens two groups by itself.
+# Names in metrics.jsonl -> in TensorBoard, which groups charts by the word before the slash and opens two groups.
 CHARTS = {
     "loss": "loss/training, nats per token",
     "val_loss": "loss/held out, nats per token",
@@ -24,13 +24,14 @@ CHARTS = {
     "tokens_per_second": "step/tokens per second",
     "mfu": "step/MFU",
 }
+IN_THE_BAR = {"loss": "{:.3f}", "lr": "{:.1e}"}
 
 
 class EventFile:
     """The rows of metrics.jsonl as TensorBoard's charts; does nothing where tensorboard cannot be imported.
 
-    Each start writes the whole history to a new file and removes the old one, so that a resumed run's curves have no
-    step twice: 0.6 s for 20,000 rows. Protocol buffers only; no TensorFlow is imported.
+    Each start writes the whole history to a new file and removes the old one, so that no step of a resumed run is
+    charted twice: 0.6 s for 20,000 rows. Needs protocol buffers only; TensorFlow is not imported.
     """
 
     def __init__(self, folder, rows):
@@ -39,11 +40,11 @@ class EventFile:
             from tensorboard.compat.proto.event_pb2 import Event
             from tensorboard.compat.proto.summary_pb2 import Summary
             from tensorboard.summary.writer.record_writer import RecordWriter
-        except Exception:  # not installed, or not beside this protobuf: no charts are no reason not to train
+        except Exception:  # not installed, or not together with this protobuf: training works without charts
             self._writer = None
             return
         self._event, self._summary, self._time = Event, Summary, time.time()
-        # A reader that is at work keeps the old file open: only a new name tells it to start again.
+        # A TensorBoard that is running keeps the old file open: only a new name makes it read from the start again.
         self._writer = RecordWriter(open(Path(folder) / f"events.out.tfevents.{time.time_ns()}", "wb"))
         for row in rows:
             self.write(row)
@@ -51,7 +52,7 @@ class EventFile:
             path.unlink()
 
     def write(self, row):
-        """Adds what CHARTS has a name for."""
+        """Adds the values that CHARTS has a name for."""
         if self._writer:
             self._time = row.get("time", self._time)
             values = [self._summary.Value(tag=CHARTS[k], simple_value=v) for k, v in row.items() if k in CHARTS]
@@ -68,15 +69,19 @@ class EventFile:
 
 
 class RunLog:
-    """Metrics of a run: metrics.jsonl, TensorBoard's charts, the progress bar, and `on_log(row)` for anyone else.
+    """Metrics of a run: metrics.jsonl, TensorBoard's charts, the progress bar, and `on_log(row)` for other listeners.
 
-    `add` takes a step's metrics while they are still on the device. They are fetched every `every` steps and one step
-    late, so that the device always has a step queued while the host looks at the last.
+    `add` takes a step's metrics while they are still on the device. They are fetched every `every` steps, and one step
+    late: while the host waits for a value, the device already has the next step queued.
     """
 
     def __init__(self, path, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10, rows=()):
-        """peak_rate: tokens/s at the device's peak FLOPS, for MFU; None where that is not known."""
-        self.rows = list(rows)  # those of the steps that a checkpoint holds; what the file has beyond is made again
+        """steps: of the whole run, `first_step` of them complete; rows: those up to the checkpoint that is resumed.
+
+        Later rows in the file at `path` are dropped, as their steps run again. peak_rate: tokens/s at the devices' peak
+        FLOP/s, for MFU; None where it is not known.
+        """
+        self.rows = list(rows)
         with atomic_write(path) as part:
             part.write_text(self.text())
         self._file = open(path, "a")
@@ -90,38 +95,38 @@ class RunLog:
         self._shown, self._since = {}, None
 
     def add(self, step, metrics):
-        """Notes the metrics, device scalars by name, of the step that made `step` steps complete."""
+        """Takes the metrics of the step that was just dispatched: scalars on the device, by name.
+
+        step: the number of steps complete with it.
+        """
         self._pending.append((step, metrics))
         if len(self._pending) > self._every:
             self.flush(keep=1)
 
     def flush(self, keep=0):
-        """Fetches and writes what is pending, but for the newest `keep` steps; UserError if a loss is not finite."""
+        """Fetches and writes pending metrics, except the newest `keep`; NonFiniteLoss if a loss or gradient is one."""
         import jax
 
         count = len(self._pending) - keep
         fetched = jax.device_get([metrics for _, metrics in self._pending[:count]])
         times = self._time(count)
         for metrics in fetched:
-            step, _ = self._pending.pop(0)  # one by one: a listener that raises must not cost the rows behind
+            step, _ = self._pending.pop(0)  # one by one: a listener that raises must not cost the rows after it
             row = {"step": step, **{name: float(value) for name, value in metrics.items()}, **times}
-            for name in ("loss", "grad_norm"):  # the gradient's goes first, and spoils the parameters
-                if not math.isfinite(row[name]):
-                    raise NonFiniteLoss(
-                        f"the {name} of step {step} is {row[name]}: lower learning_rate or set grad_clip; "
-                        "the last good checkpoint is in place"
-                    )
-            self._shown |= {"loss": f"{row['loss']:.3f}", "lr": f"{row['lr']:.1e}"}
+            check_finite(row)
+            self._shown |= {name: form.format(row[name]) for name, form in IN_THE_BAR.items() if name in row}
             self.write(row)
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(count)
 
     def _time(self, steps):
+        """The time and, from the second call on, the speed of `steps` steps since the last call, as part of a row."""
         now, times = time.perf_counter(), {"time": round(time.time(), 3)}
         if self._since is not None and steps:
             rate = steps * self._tokens / (now - self._since)
-            times |= {"tokens_per_second": round(rate)} | ({"mfu": round(rate / self._peak, 4)} if self._peak else {})
-            self._shown |= {"tok/s": f"{rate:,.0f}"} | ({"MFU": f"{rate / self._peak:.1%}"} if self._peak else {})
+            times["tokens_per_second"], self._shown["tok/s"] = round(rate), f"{rate:,.0f}"
+            if self._peak:
+                times["mfu"], self._shown["MFU"] = round(rate / self._peak, 4), f"{rate / self._peak:.1%}"
         self._since = now
         return times
 
@@ -137,12 +142,12 @@ class RunLog:
             self._on_log(row)
 
     def text(self):
-        """All rows as they stand in metrics.jsonl."""
+        """All rows as metrics.jsonl has them."""
         return "".join(json.dumps(row) + "\n" for row in self.rows)
 
     @contextlib.contextmanager
     def pause(self):
-        """Fetches everything first, and leaves the time of what is done inside out of the next tok/s."""
+        """Fetches what is pending, and leaves the time of what runs inside out of the next tok/s."""
         self.flush()
         yield
         self._since = time.perf_counter()
@@ -156,21 +161,41 @@ class RunLog:
         self._bar.write(text)
 
     def close(self):
+        """Ends the bar and closes the files."""
         self._bar.close()
         for file in (self._file, self._events):
-            with contextlib.suppress(OSError):  # a row that a full disk did not take has been told already
+            with contextlib.suppress(OSError):  # a row that a full disk did not take has been reported already
                 file.close()
+
+
+def check_finite(row):
+    """NonFiniteLoss if the loss or the gradient norm of a row, where it has one, is infinite or not a number.
+
+    The gradient is often the first to go: the step's loss is then finite, and the parameters after it are not.
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(row.get(name, 0.0)):
+            what = f"the {name} of step {row['step']} is {row[name]}"
+            raise NonFiniteLoss(f"{what}: lower learning_rate or set grad_clip")
 
 
 def progress_bar(**options):
     """A tqdm bar that stays one line: in a terminal, in a notebook with or without ipywidgets, in a log file."""
-    with warnings.catch_warnings(action="ignore"):  # of ipywidgets that are not there: the plain bar will do
+    with warnings.catch_warnings(action="ignore"):  # about missing ipywidgets: the plain bar will do
         from tqdm.auto import tqdm
 
     live = in_notebook() or sys.stderr.isatty()
-    pace = {"mininterval": 1.0 if live else 60.0, "maxinterval": 60.0}  # a log file keeps every bar, one a minute
-    # A plain bar in a notebook is one line only where other text goes to the same stream, and where the next trial of
-    # a sweep, which runs in a thread, finds none of the last.
+    pace = {"mininterval": 1.0 if live else 60.0, "maxinterval": 60.0}  # a log file keeps every bar: one a minute
+    # A plain bar in a notebook is one line only if other text goes to the same stream. Trials of a sweep run in a thread:
+    # there a bar is removed at its end, so that the next trial starts on an empty line.
     stream = sys.stdout if in_notebook() else sys.stderr
     leave = not in_notebook() or threading.current_thread() is threading.main_thread()
     return tqdm(file=stream, leave=leave, dynamic_ncols=True, **pace, **options)
+
+
+def say_above_bars(text):
+    """Prints a line at once, above the progress bars that are on screen; from any thread."""
+    from tqdm import tqdm
+
+    tqdm.write(text)
+    sys.stdout.flush()

@@ -5,17 +5,21 @@
         hub.faults.append(Fault("GET", "shard_00000", status=500, times=2))
         subprocess.run(command, env=os.environ | hub.environment(), check=True)
 
-The client reads its endpoint when it is imported, so run it in a process of its own. Large files (see `is_lfs`)
+The client reads its endpoint when it is imported, so run it in a process of its own, or let `connected_hub` hand this
+process's client another one. Large files (see `is_lfs`)
 travel as they do on the Hub: `resolve` redirects to another host and names size and SHA-256 in headers, uploads go by
 git-lfs. `requests` lists all that came, `unknown` what no handler was found for. For huggingface_hub 1.27 to 2.4.
 """
 
 import base64
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -121,6 +125,28 @@ class Hub:
                     fault.times -= 1
                     return fault
         return None
+
+
+@contextlib.contextmanager
+def connected_hub(monkeypatch, **options):
+    """A Hub that this process's client talks to. Nothing waits long: hub.slept has the pauses asked for, in seconds."""
+    from onechip import hubclient
+
+    library, real_sleep = hubclient.load_hub(), time.sleep
+
+    def sleep(seconds):
+        hub.slept.append(seconds)
+        real_sleep(min(seconds, 0.01))
+
+    with Hub(**options) as hub:
+        hub.slept = []
+        monkeypatch.setattr(library, "HfApi", functools.partial(library.HfApi, endpoint=hub.url))
+        monkeypatch.setattr(time, "sleep", sleep)
+        monkeypatch.setattr(hubclient, "STALL", 0.4)
+        library.close_session()  # its connections have the usual time-out
+        yield hub
+    assert not hub.unknown
+    library.close_session()
 
 
 class _Refusal(Exception):
