@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from onechip.chips import GIB, memory_limit, topology_devices
 from onechip.fit import compare_microbatches, describe_time, largest_that_fits, measure, peak_rate
+from onechip.weights import cast_weights
 
 DEFAULT = train.Config()
 # The fastest published program of the family on one v6e, vorushin/tpuchat's (https://github.com/vorushin/tpuchat): 364
@@ -58,7 +59,7 @@ def plain_attention(q, k, v, window):
 
 def plain_loss(config, params, x, y):
     """Mean cross-entropy of x, y (B, T), by autodiff alone; params float32."""
-    params = train.cast_params(config, train.GPT.weights(config), params)
+    params = cast_weights(train.GPT.weights(config), params, config.dtype)
     cos, sin = train.rope_tables(config)
     h = h0 = plain_norm(params["wte"][x])
     for i, layer in enumerate(params["layers"]):

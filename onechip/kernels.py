@@ -1,7 +1,7 @@
 """Attention for a TPU as two Pallas kernels: RoPE, QK-norm, windows and grouped heads, one head at a time in VMEM.
 
 A general kernel streams blocks of keys past blocks of queries, because a head may not fit. At 2048 tokens one does: q,
-k, v and the output of a head are 2 MB of the 128 MB of VMEM. Three things follow, each counted in LOG 2026-11-20 in the
+k, v and the output of a head are 2 MB of the 128 MB of VMEM. Three things follow, each counted in LOG.md in the
 instruction bundles that the compiler schedules for a head, forward and backward, with a window of half the context;
 Splash needs 42,918:
 
