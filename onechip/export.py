@@ -1,0 +1,130 @@
+"""Trained models as files: find those of a run, an export or a Hub repository, and leave a folder for a stranger."""
+
+import dataclasses
+import importlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from safetensors.numpy import load_file
+
+from onechip.card import model_card
+from onechip.checkpoints import newest_checkpoint
+from onechip.errors import UserError, first_line, require
+from onechip.files import atomic_write, read_json
+from onechip.hub import load_hub, try_again
+from onechip.runfolder import CONFIG, PARAMS, RunFolder
+
+FOREIGN_WEIGHTS = "model.safetensors"  # in an export that another library reads
+FOREIGN_ABOUT = "onechip.json"  # what config.json says elsewhere, in an export whose config.json another library reads
+
+
+class ModelFiles(NamedTuple):
+    """Where a trained model's parts are. about: its config.json as a dict; weights: its safetensors file."""
+
+    source: str
+    about: dict
+    weights: Path
+    tokenizer: Path
+
+    @property
+    def foreign(self):
+        """Whether the weights have another library's names and layout."""
+        return self.weights.name != PARAMS
+
+    def load_arrays(self):
+        """{name: NumPy array} of the weights; UserError if the file is damaged."""
+        try:
+            return load_file(self.weights)
+        except Exception as error:  # safetensors' own error has no narrower class
+            raise UserError(f"{self.weights}: not a safetensors file ({first_line(error)}); get it again") from None
+
+    def make_config(self, config_class):
+        """The Config that the model was trained with; UserError if its fields are not those of config_class."""
+        fields = self.about.get("config", self.about)  # a checkpoint's holds nothing else
+        known = {field.name for field in dataclasses.fields(config_class)}
+        unknown = sorted(set(fields) - known)
+        remedy = f"{config_class.__name__} has no such field: open it with the notebook that trained it"
+        require(not unknown, "config.json", ", ".join(unknown), remedy)
+        return config_class(**fields)
+
+
+def find_model_files(source):
+    """The ModelFiles of a run's folder, a checkpoint, an export, or a Hub repository; UserError if it is none."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        require(re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)), "model", str(source), "no such folder, nor a repository")
+        fetch = lambda: load_hub().snapshot_download(source, ignore_patterns="checkpoints/*")
+        folder = Path(try_again(fetch, f"{source}: no folder, and cannot be downloaded"))
+    run, weights = folder, newest_checkpoint(RunFolder(folder).checkpoints)
+    if (folder / "state.json").exists():  # a checkpoint: the rest is in its run's folder
+        run, weights = folder.parent.parent, folder
+    config = first_of(run / FOREIGN_ABOUT, run / CONFIG)
+    newest = weights or folder
+    files = {
+        "config": config,
+        "weights": first_of(newest / PARAMS, folder / FOREIGN_WEIGHTS),
+        "tokenizer": first_of(*(place / "tokenizer.json" for place in (newest, run, run / "model"))),
+    }
+    for what, found in files.items():
+        require(found, "model", str(source), f"has no {what}: is it a run's folder, and has training begun?")
+    return ModelFiles(str(source), read_json(files.pop("config")), **files)
+
+
+def first_of(*paths):
+    """The first path that exists, or None."""
+    return next((path for path in paths if path and path.exists()), None)
+
+
+def find_model(name, folder, default):
+    """The model that a config.json names, such as "04_maxtext.SWIGLU": a constant of a notebook in `folder`.
+
+    Nothing else is ever imported by what a file says. default: the model that is loaded already, with its name.
+    """
+    if name == default.name:
+        return default
+    module, _, constant = str(name).partition(".")
+    ours = re.fullmatch(r"\d\d_[a-z0-9]+", module) and re.fullmatch(r"[A-Z][A-Z0-9_]*", constant)
+    here = ours and (folder / f"{module}.py").exists()
+    require(here, "model", name, "no notebook here has it: use the commit that config.json names, or pass model=")
+    model = getattr(importlib.import_module(module), constant, None)
+    require(hasattr(model, "weights"), "model", name, f"{module} has no such model: use the commit in config.json")
+    return model
+
+
+def copy_into(folder, *paths):
+    """Copies those files that exist into a folder, each completely or not at all."""
+    folder.mkdir(exist_ok=True)
+    for path in filter(Path.exists, paths):
+        with atomic_write(folder / path.name) as part:
+            shutil.copyfile(path, part)
+
+
+def export_weights(result):
+    """Copies the newest checkpoint's weights, the config and the curve of a run to its folder model/; returns that."""
+    run = RunFolder(result.run_dir)
+    copy_into(run.model, newest_checkpoint(run.checkpoints) / PARAMS, run.config, run.picture)
+    return run.model
+
+
+def list_files(folder):
+    """Names of the files in a folder, sorted, without hidden ones."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def write_card(folder, result, loading, *, source="", repository="", notes="", library="jax"):
+    """Writes README.md of an exported model.
+
+    loading: lines of Python that sample from it, with {repository}, {source!r} and {prompt!r} to fill in; source: the
+    Hub repository that the folder will be uploaded to, if any.
+    """
+    about = RunFolder(result.run_dir).read_config()
+    prompt = result.samples[0][0] if result.samples else "The "
+    lines = loading.format(repository=repository, source=source or str(folder), prompt=prompt)
+    size = sum(leaf.size for leaf in jax.tree.leaves(result.params))
+    card = model_card(result, about, size, lines, about.get("dataset", ""), notes, library)
+    with atomic_write(folder / "README.md") as part:
+        part.write_text(card, encoding="utf-8")

@@ -1,0 +1,209 @@
+"""A run folder that is open for training: restore, feed, step, save, log, interrupt, close. It knows no model."""
+
+import contextlib
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+
+from onechip.checkpoints import (
+    CheckpointWriter,
+    clear_leftovers,
+    compare_with_checkpoint,
+    newest_checkpoint,
+    pack_state,
+    unpack_state,
+    write_checkpoint,
+)
+from onechip.errors import NonFiniteLoss, say
+from onechip.files import write_json
+from onechip.loader import PrefetchDataLoader
+from onechip.machine import deferred_interrupt
+from onechip.plots import plot_losses, show_picture
+from onechip.profile import ProfileWindow
+from onechip.runfolder import RunFolder
+from onechip.runlog import RunLog
+
+
+@jax.jit
+def all_finite(tree):
+    """Whether every number in a pytree is finite: bool scalar."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+class Session:
+    """One run between its steps: the state on the device, the position in the data after it, and their folder.
+
+    State and position change hands together in `advance`, so that whatever is saved belongs together. Leaving the
+    `with` block ends every thread; the last checkpoint is then written, and on the Hub if there is a mirror.
+    """
+
+    def __init__(self, folder, config, origin, *, metric="val_bpb", mirror=None, notes=None, on_log=None):
+        """origin: what the run is made from, as JSON; metric: the score whose lowest value marks the best checkpoint.
+
+        on_log(row) gets every row of metrics.jsonl as a dict; mirror is a HubMirror; notes, JSON, travel in the
+        checkpoints.
+        """
+        self.config, self.folder, self.origin, self.metric = config, RunFolder(folder), origin, metric
+        self.mirror, self.on_log = mirror, on_log
+        self.state, self.position, self.rows = None, None, []
+        self.scores, self.samples = {}, []
+        self._record = {"best_step": None, "best_score": None, "notes": notes}
+        self._torn, self._closing = False, contextlib.ExitStack()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Opening and closing
+
+    def __enter__(self):
+        self._interrupt = self._closing.enter_context(deferred_interrupt())
+        return self
+
+    def __exit__(self, *exception):
+        self._closing.close()  # each of them, whatever another raises
+
+    def restore(self, like):
+        """The state of the newest complete checkpoint, or None if there is none.
+
+        like: the state's pytree as jax.ShapeDtypeStruct with shardings. UserError: a checkpoint of another run.
+        """
+        clear_leftovers(self.folder.checkpoints)
+        if self.mirror:
+            self.mirror.restore(self.folder.checkpoints)
+        path = newest_checkpoint(self.folder.checkpoints)
+        if path is None:
+            return None
+        compare_with_checkpoint(path, self.config, self.origin)  # first: it names the field, not an array's shape
+        state, self.position, record = unpack_state(path, like)
+        # Checkpoints written before 2026-11-21 have the second names.
+        score = record.get("best_score", record.get("best_val_bpb"))
+        notes = self._record["notes"] or record.get("notes", record.get("remember"))
+        self._record = {"best_step": record.get("best_step"), "best_score": score, "notes": notes}
+        self.rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        step = int(state["step"])
+        say(f"resuming: {self.folder.path} continues after step {step:,} of {self.config.num_iterations:,}")
+        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
+
+    def begin(self, state, batches, place, *, peak_rate=None, facts=None):
+        """Opens what training needs: log, profile, writer, loader. Nothing of the run is written before this.
+
+        batches(position) yields (batch, position after it); place puts a batch on the device. peak_rate: tokens/s at
+        the devices' peak FLOP/s, for MFU; facts: more JSON for config.json.
+        """
+        config, folder = self.config, self.folder
+        self.state, self.step = state, int(state["step"])
+        self._first = self._saved_step = self.step
+        self._saved_at = time.monotonic()
+        about = {"config": dataclasses.asdict(config), **self.origin, **(facts or {})}
+        write_json(folder.config, about)
+        self._gzip_bpb = about.get("gzip_bits_per_byte")
+        if self.mirror:
+            self._closing.callback(self.mirror.finish)
+        self._writer = CheckpointWriter(folder.checkpoints, config.keep, self.mirror and self.mirror.offer)
+        self._closing.callback(self._writer.wait)
+        tokens = config.total_batch_size * config.seq_len
+        self.log = RunLog(
+            folder.metrics, config.num_iterations, self.step, tokens, peak_rate, self.on_log, rows=self.rows
+        )
+        self._closing.callback(self.log.close)
+        self._profile = ProfileWindow(folder.profile, config.num_iterations - self.step)
+        self._closing.callback(self._profile.close)
+        self._loader = PrefetchDataLoader(batches(self.position), place)
+        self._closing.callback(self._loader.close)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Between two steps
+
+    @property
+    def is_complete(self):
+        """Whether the last step has been made."""
+        return self.step >= self.config.num_iterations
+
+    def continues(self):
+        """Whether there is another step to make: false after the last one, and after an interrupt."""
+        return not (self.is_complete or self._interrupt.requested)
+
+    def due(self, what):
+        """Whether "save", "eval" or "sample" is due after the step just made; what ends a run is not asked for here."""
+        if what == "save" and self.config.save_minutes:
+            if time.monotonic() - self._saved_at > 60 * self.config.save_minutes:
+                return True
+        every = getattr(self.config, f"{what}_every")
+        return every > 0 and 0 < self.step < self.config.num_iterations and self.step % every == 0
+
+    def advance(self, train_step):
+        """Trains on the next batch: train_step(state, batch) -> (state, metrics)."""
+        self._writer.check()
+        batch, position = next(self._loader)
+        done = self.step - self._first
+        self._torn = True  # the old state is donated, the new one and its position are not both here yet
+        with self._profile.before(done):
+            self.state, metrics = train_step(self.state, batch)
+        self.position, self.step, self._torn = position, self.step + 1, False
+        self._profile.after(done, metrics)
+        self.log.add(self.step, metrics)
+
+    def save(self):
+        """Hands a checkpoint to the writer's thread, unless this step has one."""
+        with self.log.pause():
+            if self.step == self._saved_step:
+                return
+            if not all_finite(self.state["params"]):  # a step too long, not a bad gradient: its loss comes next
+                raise NonFiniteLoss(f"step {self.step} left parameters that are not finite: lower learning_rate")
+            self._writer.wait()  # before the copy: the host must not hold two
+            self._writer.save(self.step, self._pack(), self._record["best_step"])
+            self._saved_step, self._saved_at = self.step, time.monotonic()
+
+    def _pack(self):
+        record = {**self._record, "made_from": self.origin}
+        return pack_state(self.state, self.position, record, self.config, self.log.text())
+
+    def record(self, scores):
+        """Logs the scores of an evaluation, {"val_loss": ..., ...}, and redraws loss.png."""
+        self.scores = scores
+        best, score = self._record["best_score"], scores[self.metric]
+        if best is None or score < best:
+            self._record |= {"best_step": self.step, "best_score": score}
+        self.log.show(val=f"{scores['val_bpb']:.3f} bpb" if "val_bpb" in scores else f"{scores['val_loss']:.3f}")
+        self.log.write({"step": self.step, **scores})
+        plot_losses(self.log.rows, self.folder.picture, self._gzip_bpb)
+        show_picture(self.folder.picture)
+
+    def show(self, samples):
+        """Prints samples, (prompt, continuation) each, above the progress bar."""
+        self.samples = samples
+        for prompt, text in samples:
+            self.log.say(f"step {self.step}: {prompt!r} -> {text!r}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Ends
+
+    @contextlib.contextmanager
+    def saving(self):
+        """Saves what was reached when training inside is interrupted; sets a state with a loss that is no number apart.
+
+        A second interrupt, and one in the middle of a step, is raised: there is nothing consistent to save then.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._interrupt.insisted or self._torn:
+                raise
+            self.save()
+        except NonFiniteLoss as error:
+            self._save_apart()
+            kept = newest_checkpoint(self.folder.checkpoints)
+            raise NonFiniteLoss(f"{error}; {self._where_it_resumes(kept)}") from None
+        if not self.is_complete:
+            self.log.say(f"interrupted after step {self.step:,}; the same command resumes from there")
+
+    def _where_it_resumes(self, checkpoint):
+        return f"the last good checkpoint is {checkpoint.name}" if checkpoint else "there is no checkpoint yet"
+
+    def _save_apart(self):
+        """Writes the state as nonfinite_NNNNNNNN, to be looked into; nothing resumes from it."""
+        self._writer.wait()
+        path = self.folder.checkpoints / f"nonfinite_{self.step:08d}"
+        if not path.exists():
+            write_checkpoint(path, self._pack())

@@ -1,0 +1,99 @@
+"""Weights as a table: of each array its axes, how it starts and what it counts as. All that reads a model reads this.
+
+A table is a dict of Weights, of dicts, or of lists of dicts (one a layer). The parameters have the same structure, with
+an array in the place of each Weight. A Config's `sizes` gives each letter its number.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from onechip.errors import require
+
+KINDS = ("embed", "attention", "mlp", "lm_head", "scalar")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One array of a model, float32.
+
+    axes: its letters in order; in a matrix, "->" separates the axes that a product sums over from those it makes.
+    init(key, shape, fan_in) -> its first values, float32. kind: embed (a lookup, which costs no FLOPs), attention, mlp,
+    lm_head, or scalar (never decayed, never cast).
+    """
+
+    axes: str
+    init: Callable
+    kind: str
+
+    def __post_init__(self):
+        require(self.kind in KINDS, "kind", self.kind, f"use one of {', '.join(KINDS)}")
+
+    @property
+    def letters(self):
+        """Its axes without the arrow: "DNH"."""
+        return self.axes.replace("->", "")
+
+    def shape(self, config):
+        """Its shape, by the Config's sizes."""
+        return tuple(config.sizes[letter] for letter in self.letters)
+
+    def fan_in(self, config):
+        """Inputs of each output: the product of the axes before the arrow."""
+        return math.prod(config.sizes[letter] for letter in self.axes.partition("->")[0])
+
+
+def normal(deviation):
+    """init: N(0, deviation)."""
+    return lambda key, shape, fan_in: deviation * jax.random.normal(key, shape)
+
+
+def uniform(key, shape, fan_in):
+    """init: uniform with variance 1 / fan_in, so that a product keeps the size of its input."""
+    bound = math.sqrt(3 / fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def constant(value):
+    """init: every entry at this value."""
+    return lambda key, shape, fan_in: jnp.full(shape, value, jnp.float32)
+
+
+def draw_weights(config, table, key):
+    """A table's arrays, float32. Every entry, and every layer, has a key of its own, in the order of the table.
+
+    JAX's keys do not depend on how many are split off: a weight added at the end changes no other's first values.
+    """
+    if isinstance(table, Weight):
+        return table.init(key, table.shape(config), table.fan_in(config))
+    entries = itertools.chain.from_iterable(e if isinstance(e, list) else [e] for e in table.values())
+    keys = iter(jax.random.split(key, len(list(entries))))
+
+    def arrays(entry):
+        if isinstance(entry, list):
+            return [draw_weights(config, item, next(keys)) for item in entry]
+        return draw_weights(config, entry, next(keys))
+
+    return {name: arrays(entry) for name, entry in table.items()}
+
+
+def weight_shapes(config, table):
+    """A table's arrays as jax.ShapeDtypeStruct."""
+    return jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape(config), jnp.float32), table)
+
+
+def cast_weights(table, params, dtype):
+    """The parameters with their matrices in `dtype`; scalars stay as they are."""
+    return jax.tree.map(lambda w, p: p if w.kind == "scalar" else p.astype(dtype), table, params)
+
+
+def count_by_kind(config, table):
+    """Parameters by kind: {kind: int, ..., "total": int}."""
+    counts = dict.fromkeys(KINDS, 0)
+    for weight in jax.tree.leaves(table):
+        counts[weight.kind] += math.prod(weight.shape(config))
+    return {**counts, "total": sum(counts.values())}
