@@ -20,9 +20,9 @@
 # [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/onechip/onechip/blob/main/notebooks/01_tokenizer.ipynb)
 # # 01: documents and tokens
 #
-# From text to numbers: this notebook fetches documents, trains a byte-level BPE tokenizer on them, measures how far it
-# compresses English, code and mathematics, and puts it into your own Hub repository. Everything later (the model, the
-# sweep, the larger run) imports its documents and its tokens from here.
+# From text to numbers. This notebook downloads documents, trains a byte-level BPE tokenizer on them, measures how well
+# it compresses English, code and mathematics, and uploads it to your own Hub repository. Every later notebook imports
+# its documents and tokens from here.
 #
 # | | Colab, TPU v6e | laptop, no network |
 # |---|---|---|
@@ -88,11 +88,38 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
     open_notebook(REPOSITORY, REF)
 
 # %% [markdown]
+# ## What a tokenizer does
+#
+# A model reads numbers, not letters. Byte-level BPE starts with one token for each of the 256 bytes. It then merges the
+# pair of neighbouring tokens that occurs most often into a new token, and repeats that until the vocabulary is full.
+# Below it learns from three sentences: the more merges, the fewer tokens for the same words (a dot marks a boundary, an
+# underscore a space).
+
+# %%
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+
+def show_merges(sentences, counts):
+    """Prints the first sentence in tokens of a BPE trained on all of them, after each number of merges in `counts`."""
+    for count in counts:
+        toy = Tokenizer(models.BPE())
+        toy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=256 + count, initial_alphabet=alphabet, show_progress=False)
+        toy.train_from_iterator(sentences, trainer)
+        tokens = toy.encode(sentences[0]).tokens
+        print(f"{count:2} merges, {len(tokens):2} tokens: {'·'.join(tokens).replace('Ġ', '_')}")
+
+
+if __name__ == "__main__":
+    show_merges(["the cat sat on the mat", "the hat on the cat", "that cat is fat"], (0, 4, 8, 16))
+
+# %% [markdown]
 # ## Setup
 #
-# No JAX here: tokenizing is the CPU's work, so this notebook never takes hold of the chip (one process owns it, and
-# that is 02's). The heavy lifting is done by libraries in Rust and C++, `tokenizers`, `tiktoken` and `pyarrow`; the
-# Python around them only streams, and must stay above a million tokens a second for the chip not to wait.
+# Tokenizing is the CPU's work: nothing here uses the TPU or GPU. Libraries in Rust and C++ do the heavy part
+# (`tokenizers`, `tiktoken`, `pyarrow`). The Python around them only streams text, and has to supply more than a million
+# tokens a second, or the chip waits.
 
 # %%
 import ast
@@ -102,89 +129,102 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import platform
 import random
 import re
 import sysconfig
-import threading
+import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders
 
-from onechip.errors import UserError, first_line, say
-from onechip.files import atomic_write
+from onechip.errors import UserError, first_line, require, say
+from onechip.files import atomic_write, hash_file, read_json, write_json
 from onechip.hub import load_hub, try_again, upload_folder
-from onechip.machine import has_tpu, home, read_secret
+from onechip.machine import has_tpu, home, prepare, read_secret
 from onechip.plots import show_picture
 from onechip.runlog import progress_bar
-from onechip.settings import parse_settings, setting
+from onechip.settings import check_fields, parse_settings, setting
+from onechip.tables import table
 
 # %% [markdown]
 # ## Config
 #
-# `0` and `""` mean "decide by what is there": a machine with a TPU gets FineWeb-Edu and 32,768 tokens, any other the
-# offline corpus and 8,192, because 2.5 million tokens of text cannot teach a model what 32,768 embeddings mean.
-# Whatever was decided is printed in a line. In the notebook, override in the run cell at the end; in a terminal, with
-# the same words: `uv run 01_tokenizer.py --data fineweb --vocab_size 32768`.
-
+# `0` and `""` mean "decide by the machine". With a TPU that is FineWeb-Edu and 32,768 tokens. Without one it is the
+# offline corpus and 8,192 tokens: its 2.5 million tokens of text are too few to train 32,768 embeddings. What was
+# decided is printed in a line. In the notebook, change settings in the run cell at the end; in a terminal, with the
+# same words: `uv run 01_tokenizer.py --data fineweb --vocab_size 32768`.
 
 # %%
+FINEWEB_LAST_SHARD = 1822  # held out
+LARGEST_VOCAB = 1_000_000  # four times the largest in use; far beyond it, the library fails for want of memory
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What 01 does when it is run."""
+    """What 01 does when it runs."""
 
     data: str = setting("", "offline, fineweb, or the path of a folder of parquet shards; empty: by the machine")
-    num_shards: int = setting(8, "training shards to download from FineWeb-Edu, 90 MB each")
-    vocab_size: int = setting(0, "tokens in the vocabulary, the nine special ones included; 0: by the data")
-    max_train_chars: int = setting(200_000_000, "characters that the tokenizer learns from, at most")
-    hub_repo: str = setting("", "Hub repository to upload to; empty: <you>/onechip-tokenizer")
+    num_shards: int = setting(
+        8, "training shards to download from FineWeb-Edu, 90 MB each", at_least=1, at_most=FINEWEB_LAST_SHARD
+    )
+    vocab_size: int = setting(
+        0, "tokens in the vocabulary, special ones included; 0: by the data", at_least=0, at_most=LARGEST_VOCAB
+    )
+    max_train_chars: int = setting(200_000_000, "characters to train the tokenizer on", at_least=1)
+    max_doc_chars: int = setting(10_000, "characters of each document that the tokenizer is trained on", at_least=1)
+    hub_repo: str = setting("", "Hub repository for the tokenizer; empty: <you>/onechip-tokenizer")
+
+    def __post_init__(self):
+        check_fields(self)
 
 
-def choose_data(has_tpu: bool) -> str:
-    """The source for a run that did not say what data it wants."""
-    return "fineweb" if has_tpu else "offline"
+def choose_data(tpu):
+    """The data for a run that did not name any, with a TPU or without: "fineweb" or "offline"."""
+    return "fineweb" if tpu else "offline"
 
 
-def choose_vocab_size(source: str) -> int:
+def choose_vocab_size(data):
     """8,192 for the 11 MB of the offline corpus, 32,768 for anything else."""
-    return 8_192 if source == "offline" else 32_768
+    return 8_192 if data == "offline" else 32_768
 
 
-def choose_settings(overrides: str = "") -> Settings:
-    """Settings with nothing left open; says in a line what was chosen and why."""
+def choose_settings(overrides=""):
+    """Settings with nothing left open; prints in a line what was chosen and why."""
     settings = Settings(**parse_settings(Settings, overrides=overrides)[0])
     data = settings.data or choose_data(has_tpu())
     vocab_size = settings.vocab_size or choose_vocab_size(data)
-    data_why = "as set" if settings.data else f"as {'a' if has_tpu() else 'no'} TPU is here"
-    vocab_why = "as set" if settings.vocab_size else "as suits this data"
+    data_why = "as set" if settings.data else f"{'a' if has_tpu() else 'no'} TPU is here"
+    vocab_why = "as set" if settings.vocab_size else "suits this data"
     say(f"chosen: data {data} ({data_why}), vocab_size {vocab_size:,} ({vocab_why})")
     return dataclasses.replace(settings, data=data, vocab_size=vocab_size)
 
 
+if __name__ == "__main__":
+    print(f"on this machine: {choose_data(has_tpu())}, {choose_vocab_size(choose_data(has_tpu())):,} tokens")
+
 # %% [markdown]
 # ## Data
 #
-# A corpus is a list of parquet shards with one string column, `text`. The last shard is held out: nothing is ever
-# trained on it, neither the tokenizer nor the model. The layout is that of nanochat's datasets, with some 53,000
-# documents in a shard and 1,000 or so in a row group.
+# A corpus is a list of parquet shards with one string column, `text`. The last shard is held out: neither the tokenizer
+# nor the model is ever trained on it. The layout is that of nanochat's datasets, with about 53,000 documents in a shard
+# and about 1,000 in a row group.
 
 
 # %%
-MAX_CHARS_PER_DOC = 10_000
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Parquet shards with a string column `text`; `name` and `revision` together say exactly which text."""
+    """Parquet shards with a string column `text`; `name` and `revision` together identify the text exactly."""
 
     name: str
     revision: str
@@ -194,43 +234,52 @@ class Corpus:
 
 # %% [markdown]
 # A row group is the smallest part of a parquet file that can be read alone. Reading one at a time, and of it only the
-# column `text`, keeps half a gigabyte in memory where whole shards would take nine (marin#4325). What is wrong with a
-# shard is told here, once, in one line that names it.
+# column `text`, keeps half a gigabyte in memory where whole shards would take nine (marin#4325). A damaged shard is
+# reported in one line that names it.
+#
+# Each document comes with the position right after it, so another process can resume at the very next document. Every
+# document is read whole, however long it is.
 
 
 # %%
-def open_shard(path: Path) -> pq.ParquetFile:
-    """Opens a parquet shard; UserError if it is missing, not parquet, cut short, or has no string column `text`."""
+def open_shard(path):
+    """Opens a parquet shard; UserError if it is missing, not parquet, cut short, or has not one string column `text`.
+
+    Returns a pyarrow.parquet.ParquetFile.
+    """
     try:
         shard = pq.ParquetFile(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such shard") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a whole parquet file ({first_line(error)}); delete it, get it again") from None
+        raise UserError(
+            f"{path}: not a complete parquet file ({first_line(error)}); delete it and get it again"
+        ) from None
     columns = shard.schema_arrow
-    if "text" not in columns.names:
+    count = columns.names.count("text")
+    if count == 0:
         raise UserError(f"{path}: has no column 'text', only {', '.join(map(repr, columns.names)) or 'none'}")
+    if count > 1:
+        raise UserError(f"{path}: has {count} columns named 'text'; keep one and rename the others")
     kind = columns.field("text").type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"{path}: column 'text' must hold strings, here it holds {kind}")
     return shard
 
 
-def read_texts(shard: pq.ParquetFile, group: int, path: Path) -> list[str | None]:
-    """The texts of one row group; no other column is read from disk."""
+def read_texts(shard, group, path):
+    """The texts of one row group, a list of str or None; no other column is read from disk."""
     try:
         return shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: row group {group} is damaged ({first_line(error)}); get the shard again") from None
 
 
-Position = tuple[int, int, int]  # shard, row group, document in it
+def read_documents(paths, start=(0, 0, 0)):
+    """Yields (position, text) for each document of all shards from `start` on, once; empty documents are left out.
 
-
-def read_documents(
-    paths: Iterable[Path], start: Position = (0, 0, 0), max_chars: int = MAX_CHARS_PER_DOC
-) -> Iterator[tuple[Position, str]]:
-    """Yields (position of the next document, text) over all shards, once; empty documents are left out."""
+    A position is (shard, row group, document in it), all int, and names the document after this one.
+    """
     paths = tuple(paths)
     first_shard, first_group, first_document = start
     for s in range(first_shard, len(paths)):
@@ -240,19 +289,31 @@ def read_documents(
                 after = (s, g + 1, 0) if g + 1 < shard.num_row_groups else (s + 1, 0, 0)
                 for d in range(first_document, len(texts)):
                     if texts[d]:
-                        yield (s, g, d + 1) if d + 1 < len(texts) else after, texts[d][:max_chars]
+                        yield (s, g, d + 1) if d + 1 < len(texts) else after, texts[d]
                 first_document = 0
         first_group = 0
 
 
+def write_shard(path, documents, row_group_size):
+    """Writes strings as one parquet shard, completely or not at all."""
+    with atomic_write(path) as part:
+        pq.write_table(pa.table({"text": documents}), part, row_group_size=row_group_size, compression="zstd")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        write_shard(Path(scratch) / "shard.parquet", ["one", "two", "three"], row_group_size=2)
+        print("documents and positions:", *read_documents([Path(scratch) / "shard.parquet"]))
+
 # %% [markdown]
 # ### Offline: the standard library
 #
-# Every machine that runs Python holds some 11 MB of careful English and code: the standard library's sources,
-# docstrings and comments included. Modules longer than 10,000 characters are cut into several documents, at blank lines
-# before top-level statements where there are some, so no text is lost. The cut comes after the split: all pieces of one
-# file are in the same shard, so no file is on both sides of the line between training and held-out text. Docstrings
-# stay where they are: as documents of their own they would be in the corpus twice.
+# Every machine with Python holds about 11 MB of careful English and code: the sources of the standard library.
+#
+# - Modules longer than 10,000 characters become several documents, cut at blank lines before top-level statements where
+#   there are some. No text is lost.
+# - All pieces of one file go to the same shard, so no file is in both training and held-out text.
+# - Docstrings stay where they are. As documents of their own they would be in the corpus twice.
 
 
 # %% cellView="form"
@@ -260,39 +321,42 @@ def read_documents(
 OFFLINE_FORMAT = 1  # part of the folder's name: raise it when the code below would write other shards
 OFFLINE_SHARDS = 10  # of 1.1 MB; the last is held out
 OFFLINE_ROW_GROUP = 64
+OFFLINE_DOC_CHARS = 10_000
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"} | {
     "encodings"  # generated tables, each much like the next: with some of them in training, the held-out ones are easy
 }
+SOURCE_CUTS = (r"\n\n(?=\S)", r"\n\n", r"\n")  # before a top-level statement, at a blank line, at a line
 
 
-def find_sources(stdlib: Path) -> list[Path]:
+def find_sources(stdlib):
     """The .py files under `stdlib`, sorted; no tests, installed packages, tables, or this machine's build settings."""
     paths = (path.relative_to(stdlib) for path in stdlib.rglob("*.py"))
     kept = (path for path in paths if not SKIPPED_FOLDERS & set(path.parts) and "_sysconfigdata" not in path.name)
     return [stdlib / path for path in sorted(kept)]
 
 
-def split_source(text: str, max_chars: int = MAX_CHARS_PER_DOC) -> list[str]:
-    """Cuts `text` into pieces of at most `max_chars`, at the best place in the second half of each; loses nothing."""
-    pieces = []
-    while len(text) > max_chars:
-        cut = max_chars
-        for place in (r"\n\n(?=\S)", r"\n\n", r"\n"):  # before a top-level statement, at a blank line, at a line
-            ends = [match.end() for match in re.compile(place).finditer(text, max_chars // 2, max_chars)]
-            if ends:
-                cut = ends[-1]
-                break
-        pieces.append(text[:cut])
-        text = text[cut:]
-    return [*pieces, text]
+def split_text(text, max_chars, cuts):
+    """Yields pieces of at most `max_chars` characters that together are the text.
+
+    cuts: regular expressions, best first. A piece ends behind the last match of the first one that matches in its
+    second half; where none does, it ends at `max_chars`.
+    """
+    start = 0
+    while len(text) - start > max_chars:
+        end = start + max_chars
+        found = ([match.end() for match in re.finditer(cut, text[start + max_chars // 2 : end])] for cut in cuts)
+        end = next((start + max_chars // 2 + ends[-1] for ends in found if ends), end)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
-def read_sources(paths: list[Path]) -> list[str]:
+def read_sources(paths):
     """The documents of one shard, in an order that is random and always the same."""
     documents = []
     for path in paths:
         try:
-            documents += split_source(path.read_text(encoding="utf-8"))
+            documents += split_text(path.read_text(encoding="utf-8"), OFFLINE_DOC_CHARS, SOURCE_CUTS)
         except UnicodeDecodeError:
             continue  # a handful of files in other encodings
     documents = [text for text in documents if text.strip()]
@@ -300,13 +364,7 @@ def read_sources(paths: list[Path]) -> list[str]:
     return documents
 
 
-def write_shard(path: Path, documents: list[str], row_group_size: int) -> None:
-    """Writes one parquet shard, whole or not at all."""
-    with atomic_write(path) as part:
-        pq.write_table(pa.table({"text": documents}), part, row_group_size=row_group_size, compression="zstd")
-
-
-def offline_corpus(directory: Path | None = None) -> Corpus:
+def offline_corpus(directory=None):
     """The standard library of the Python that runs this, as parquet shards that are written once."""
     revision = f"python{platform.python_version()}-{OFFLINE_FORMAT}"
     directory = Path(directory or home() / f"stdlib-{revision}")
@@ -323,26 +381,31 @@ def offline_corpus(directory: Path | None = None) -> Corpus:
     return Corpus(name="stdlib", revision=revision, train=tuple(shards[:-1]), val=tuple(shards[-1:]))
 
 
+# %%
+if __name__ == "__main__":
+    _, text = next(read_documents(offline_corpus().train))
+    print(f"the first document has {len(text):,} characters and begins {text[:50]!r}")
+
 # %% [markdown]
 # ### FineWeb-Edu
 #
-# Karpathy's shuffle of 100 billion tokens of FineWeb-Edu: 1,823 shards of 90 MB, each a fair sample of the whole, so
-# eight of them are as good a start as any. The revision is pinned to a commit: the same number always names the same
-# text. Eight shards come at a time, each with time-outs and a few retries, and a shard gets its name in the cache only
-# once its SHA-256 is the one that the Hub lists. A run that was interrupted fetches only what is missing, and a second
-# run asks the Hub nothing at all.
-
+# Karpathy's shuffle of 100 billion tokens of FineWeb-Edu: 1,823 shards of 90 MB. Each is a fair sample of the whole, so
+# any eight are a good start.
+#
+# - The revision is pinned to a commit: the same number of shards is always the same text.
+# - Eight shards download at a time, each with time-outs and a few retries.
+# - A shard gets its name in the cache only if its SHA-256 is the one that the Hub lists. After an interruption only
+#   what is missing is downloaded, and a second run asks the Hub nothing at all.
 
 # %% cellView="form"
-# @title Downloads: several at a time, checked, whole or not at all
+# @title Downloads: several at a time, checked, complete or not there
 FINEWEB_REPO = "karpathy/fineweb-edu-100b-shuffle"
 FINEWEB_REVISION = "4c8f30d6756da75362432a4d5569e1b229263b71"
-FINEWEB_LAST_SHARD = 1822  # held out
 DOWNLOADS_AT_ONCE = 8
 
 
-def list_shards(names: list[str], revision: str) -> dict:
-    """What the Hub says of each shard: name -> RepoFile with size in bytes and SHA-256, in one request."""
+def list_shards(names, revision):
+    """What the Hub says of each shard, in one request: {name: RepoFile with size in bytes and SHA-256}."""
     api = load_hub().HfApi(token=False)  # public data: no login, so no expired one can be in the way
     listed = try_again(
         lambda: api.get_paths_info(FINEWEB_REPO, names, revision=revision, repo_type="dataset"),
@@ -355,8 +418,8 @@ def list_shards(names: list[str], revision: str) -> dict:
     return listed
 
 
-def download_shard(name: str, directory: Path, revision: str, sha256: str | None) -> int:
-    """Brings one shard to `directory`, whole, checked and under its own name, or not at all; returns its bytes."""
+def download_shard(name, directory, revision, sha256):
+    """Downloads one shard to `directory`, under its own name only if it is complete and checked; returns its bytes."""
     hub = load_hub()
 
     def fetch():
@@ -364,8 +427,7 @@ def download_shard(name: str, directory: Path, revision: str, sha256: str | None
             hub.hf_hub_download(
                 FINEWEB_REPO, name, repo_type="dataset", revision=revision, local_dir=part.parent, token=False
             )
-            with open(part, "rb") as file:
-                arrived = hashlib.file_digest(file, "sha256").hexdigest()
+            arrived = hash_file(part)
             if sha256 and arrived != sha256:
                 raise OSError(f"SHA-256 {arrived[:12]} is not the Hub's {sha256[:12]}")
             try:
@@ -377,12 +439,11 @@ def download_shard(name: str, directory: Path, revision: str, sha256: str | None
     return try_again(fetch, f"{name}: cannot be downloaded")
 
 
-def fineweb_corpus(num_shards: int, directory: Path | None = None, revision: str = FINEWEB_REVISION) -> Corpus:
+def fineweb_corpus(num_shards, directory=None, revision=FINEWEB_REVISION):
     """FineWeb-Edu: the first `num_shards` shards to train on and the dataset's last one held out; downloads once."""
-    if not 1 <= num_shards <= FINEWEB_LAST_SHARD:
-        raise UserError(f"num_shards must be 1 to {FINEWEB_LAST_SHARD}, not {num_shards}")
-    if not re.fullmatch("[0-9a-f]{40}", revision):
-        raise UserError(f"revision must be a commit of {FINEWEB_REPO} (40 hexadecimal digits), not {revision!r}")
+    require(1 <= num_shards <= FINEWEB_LAST_SHARD, "num_shards", num_shards, f"must be 1 to {FINEWEB_LAST_SHARD}")
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision)
+    require(is_commit, "revision", revision, f"must be a commit of {FINEWEB_REPO}, 40 hexadecimal digits")
     directory = Path(directory or home() / f"fineweb-edu-{revision[:12]}")
     names = [f"shard_{i:05d}.parquet" for i in [*range(num_shards), FINEWEB_LAST_SHARD]]
     missing = [name for name in names if not (directory / name).exists()]
@@ -394,14 +455,14 @@ def fineweb_corpus(num_shards: int, directory: Path | None = None, revision: str
     return Corpus(name="fineweb-edu", revision=revision, train=tuple(paths[:-1]), val=tuple(paths[-1:]))
 
 
-def download_shards(names: list[str], directory: Path, revision: str) -> None:
-    """Downloads several shards at a time under one progress bar; the first that fails stops the rest."""
+def download_shards(names, directory, revision):
+    """Downloads several shards at a time with one progress bar; the first that fails stops the rest."""
     hub = load_hub()
     listed = list_shards(names, revision)
     size = sum(listed[name].size for name in names)
     say(f"download: {len(names)} shards, {size / 1e6:,.0f} MB, of {FINEWEB_REPO} at {revision[:12]} to {directory}")
     their_bars = not hub.utils.are_progress_bars_disabled()
-    hub.utils.disable_progress_bars()  # one bar for all, in place of one for each
+    hub.utils.disable_progress_bars()  # one bar for all instead of one for each
     pool = concurrent.futures.ThreadPoolExecutor(DOWNLOADS_AT_ONCE)
     try:
         jobs = []
@@ -417,70 +478,99 @@ def download_shards(names: list[str], directory: Path, revision: str) -> None:
             hub.utils.enable_progress_bars()
 
 
+# %%
+if __name__ == "__main__":
+    shards = list(home().glob(f"fineweb-edu-{FINEWEB_REVISION[:12]}/*.parquet"))
+    print(f"FineWeb-Edu: {len(shards)} of {FINEWEB_LAST_SHARD + 1:,} shards are on this machine")
+
 # %% [markdown]
 # ### A folder of your own
 #
-# Any folder of `*.parquet` files with a string column `text` will do, from two shards on: in the order of their names,
-# the last is held out. Its revision is a hash of names, sizes and the last 64 KiB of each file, where parquet keeps its
-# checksums and statistics, so a changed folder gets a tokenizer of its own.
+# Any folder with two or more `*.parquet` files that have a string column `text` will do. In the order of their names,
+# the last one is held out.
+#
+# The revision is a hash of the names and of the whole content, so a changed folder gets a tokenizer of its own. Hashing
+# takes a second per gigabyte; hashes are kept until a file's size or time stamps change.
 
 
 # %% cellView="form"
 # @title Your own shards, and which corpus is meant
-def folder_corpus(path: Path | str) -> Corpus:
+def hash_shards(folder, paths):
+    """{name: SHA-256, hex} of the files `paths` in `folder`; the unchanged ones from a note in the home folder."""
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    note, known, fresh = home() / "hashes" / f"{place}.json", {}, {}
+    with contextlib.suppress(UserError):  # no note, or one that cannot be read: everything is hashed again
+        known = read_json(note)
+    hashes = {}
+    for path in paths:
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        before = known.get(path.name)
+        if isinstance(before, list) and before[:-1] == stamp:
+            hashes[path.name] = before[-1]
+        else:
+            hashes[path.name] = hash_file(path)
+        # One that was written just now could change again within the same time stamp.
+        if time.time_ns() - max(stamp[1:]) > 2e9:
+            fresh[path.name] = [*stamp, hashes[path.name]]
+    if fresh != known:
+        write_json(note, fresh)
+    return hashes
+
+
+def folder_corpus(path):
     """The parquet shards of a folder, the last one held out."""
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise UserError(f"data: {str(path)!r} is neither 'offline' nor 'fineweb' nor a folder of parquet shards")
+    require(path.is_dir(), "data", str(path), "is neither offline nor fineweb nor a folder of parquet shards")
     shards = sorted(path.glob("*.parquet"))
     if len(shards) < 2:
         raise UserError(f"{path}: holds {len(shards)} parquet shards; two or more are needed, the last is held out")
-    digest = hashlib.sha256()
     for shard in shards:
         open_shard(shard).close()
-        with open(shard, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 2**16))
-            digest.update(f"{shard.name} {size} ".encode() + file.read())
+    digest = hashlib.sha256(json.dumps(hash_shards(path, shards)).encode())
     return Corpus(name=path.name, revision=digest.hexdigest()[:12], train=tuple(shards[:-1]), val=tuple(shards[-1:]))
 
 
-def get_corpus(source: str, num_shards: int) -> Corpus:
-    """The corpus that `source` names: "offline", "fineweb" or a folder; says in one line what it is and how much."""
+def get_corpus(source, num_shards):
+    """The Corpus that `source` names: "offline", "fineweb" or a folder; prints in one line what and how much it is."""
     if source == "offline":
         corpus, what = offline_corpus(), "the Python standard library's own sources"
     elif source == "fineweb":
         corpus, what = fineweb_corpus(num_shards), "FineWeb-Edu, shuffled"
     else:
         corpus, what = folder_corpus(source), "your own folder"
-    documents = [sum(count_rows(path) for path in paths) for paths in (corpus.train, corpus.val)]
-    if not all(documents):
-        raise UserError(f"data: {source!r} holds no documents; {documents[0]} to train on, {documents[1]} held out")
+    train, val = (sum(count_rows(path) for path in paths) for paths in (corpus.train, corpus.val))
+    require(train and val, "data", source, f"holds too few documents: {train} to train on, {val} held out")
     say(
-        f"data: {what} ({corpus.name} at {corpus.revision[:20]}): {documents[0]:,} documents in {len(corpus.train)} "
-        f"training shards, {documents[1]:,} held out"
+        f"data: {what} ({corpus.name} at {corpus.revision[:20]}): {train:,} documents in {len(corpus.train)} "
+        f"training shards, {val:,} held out"
     )
     return corpus
 
 
-def count_rows(path: Path) -> int:
-    """Documents in a shard, from its footer."""
+def count_rows(path):
+    """The number of documents in a shard, from its footer."""
     with open_shard(path) as shard:
         return shard.metadata.num_rows
 
 
+# %%
+if __name__ == "__main__":
+    same = folder_corpus(offline_corpus().train[0].parent)
+    print(f"the offline corpus as a folder: {len(same.train)} training shards, revision {same.revision}")
+
 # %% [markdown]
 # ## Tokenizer
 #
-# Byte-level BPE: the 256 bytes are tokens, and the commonest neighbours are merged until the vocabulary is full. A
-# pattern first cuts text into words, numbers of at most two digits, punctuation and white space, and no merge crosses a
-# cut. Pattern and special tokens are nanochat's; a vocabulary of 8,192 from 11 MB takes two seconds.
-
+# As in the first cell, with two additions. A pattern first cuts text into words, numbers of at most two digits,
+# punctuation and white space, and no merge crosses a cut. And nine special tokens are reserved. Pattern and special
+# tokens are nanochat's. A vocabulary of 8,192 tokens from 11 MB takes two seconds.
 
 # %%
+BOS = "<|bos|>"  # begins every document
 SPECIAL_TOKENS = (
-    "<|bos|>",  # begins every document
-    "<|user_start|>",  # the others are for chats, after pretraining
+    BOS,
+    "<|user_start|>",  # these and the following are for chats, after pretraining
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
@@ -495,13 +585,18 @@ SPLIT_PATTERN = (
 )
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> Tokenizer:
-    """Trains a byte-level BPE of exactly `vocab_size` tokens, special ones included; UserError if it cannot be."""
+def train_tokenizer(texts, vocab_size, pattern=SPLIT_PATTERN):
+    """Trains a byte-level BPE of exactly `vocab_size` tokens, special ones included, on an iterable of strings.
+
+    Returns a tokenizers.Tokenizer; UserError if the size is out of range or the text gives fewer tokens.
+    """
     smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise UserError(
-            f"vocab_size must be {smallest} or more (256 bytes and {len(SPECIAL_TOKENS)} special), not {vocab_size}"
-        )
+    require(
+        smallest <= vocab_size <= LARGEST_VOCAB,
+        "vocab_size",
+        vocab_size,
+        f"must be {smallest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens) to {LARGEST_VOCAB:,}",
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -516,38 +611,45 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, pattern: str = SP
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     reached = tokenizer.get_vocab_size()
-    if reached != vocab_size:
-        raise UserError(f"vocab_size: the text gives {reached} tokens, not {vocab_size}; lower it or add text")
+    require(reached == vocab_size, "vocab_size", vocab_size, f"the text gives only {reached} tokens: lower it")
     tokenizer.encode_special_tokens = True  # "<|bos|>" in a document is seven characters, not a command
     return tokenizer
 
 
+if __name__ == "__main__":
+    small = train_tokenizer((text for _, text in read_documents(offline_corpus().val)), 2_000)
+    tokens = small.encode("return 1024 + x[0]  # bytes").tokens
+    print("a vocabulary of 2,000:", "·".join(tokens).replace("Ġ", "_"))
+
 # %% [markdown]
-# The file is `tokenizer.json`, in the format of the library that wrote it: no pickle, so it can be opened on any
-# machine, and nothing in it can run. One switch is not part of the file: whether a special token spelled out in plain
-# text becomes the special id. It must not, or any web page could end a document; so `load_tokenizer` sets it again, and
-# `tokenizer_config.json`, by which `transformers` loads the tokenizer, says the same.
+# What does it learn from? The first 200 million characters of the training shards, and of each document the first
+# 10,000, so that a few very long ones do not decide the vocabulary. Both are settings, `max_train_chars` and
+# `max_doc_chars`, and concern the tokenizer's training only: the model reads every document to its end.
+#
+# The file is `tokenizer.json`, in the format of the library that wrote it: no pickle, so nothing in it can run. One
+# switch is not part of the file: whether a special token that is spelled out in plain text becomes the special id. It
+# must not, or any web page could end a document. `load_tokenizer` therefore sets the switch again, and
+# `tokenizer_config.json` does so for `transformers`.
 
 
 # %%
-def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Writes tokenizer.json, whole or not at all."""
+def save_tokenizer(tokenizer, path):
+    """Writes tokenizer.json, completely or not at all."""
     with atomic_write(path) as part:
         part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json for `tokenizers`, and beside it what `transformers.AutoTokenizer` asks for."""
+def export_tokenizer(tokenizer, folder):
+    """Writes tokenizer.json for `tokenizers`, and next to it what `transformers.AutoTokenizer` needs."""
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL_TOKENS[0]}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS}
     settings |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}  # text stays text
-    with atomic_write(folder / "tokenizer_config.json") as part:
-        part.write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", settings)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path):
     """Reads tokenizer.json; UserError if it is missing, cannot be parsed or is not one of ours."""
     path = Path(path)
     if not path.is_file():
@@ -570,116 +672,105 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """SHA-256 (hex) of what decides the ids: vocabulary, merges, splitting, special tokens; layout does not count."""
+def tokenizer_hash(tokenizer):
+    """SHA-256, hex, of what decides the ids: vocabulary, merges, splitting, special tokens; not the file's layout."""
     parsed = json.loads(tokenizer.to_str())
     decisive = [parsed["model"]["vocab"], parsed["model"]["merges"], parsed["pre_tokenizer"], parsed["added_tokens"]]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def count_chars(documents: Iterable[tuple[Position, str]], limit: int) -> Iterator[str]:
-    """The texts of `documents`, up to the one that takes their sum to `limit` characters."""
+def training_texts(documents, max_train_chars, max_doc_chars):
+    """Yields the start of each (position, text), up to the one that takes their sum to `max_train_chars`."""
     total = 0
     for _, text in documents:
-        yield text
-        total += len(text)
-        if total >= limit:
+        yield text[:max_doc_chars]
+        total += min(len(text), max_doc_chars)
+        if total >= max_train_chars:
             return
 
 
-def get_tokenizer(corpus: Corpus, vocab_size: int, max_train_chars: int | None = None) -> Tokenizer:
-    """The tokenizer of a corpus: the one trained before (on `max_train_chars`, if that is given), or a new one."""
+def tokenizer_folder(corpus, vocab_size):
+    """Where the tokenizer of a corpus is kept, in the shared home folder."""
+    return home() / "tokenizers" / f"{corpus.name}-{corpus.revision[:20]}-{vocab_size}"
+
+
+def read_limits(record):
+    """The limits that a tokenizer was trained with, by name; empty where its record cannot be read."""
+    with contextlib.suppress(UserError):
+        return {"max_doc_chars": 10_000, **read_json(record)}  # older records lack it: it was a constant
+    return {}
+
+
+def get_tokenizer(corpus, vocab_size, max_train_chars=None, max_doc_chars=None):
+    """The tokenizer of a corpus: the one trained before, if its limits are those that are given, or a new one."""
     folder = tokenizer_folder(corpus, vocab_size)
     path, record = folder / "tokenizer.json", folder / "trained_on.json"
-    known = None
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no record, or none that can be read: not known
-        known = json.loads(record.read_text())["max_train_chars"]
-    if path.exists() and max_train_chars in (None, known):
+    known, asked = read_limits(record), {"max_train_chars": max_train_chars, "max_doc_chars": max_doc_chars}
+    if path.exists() and all(limit in (None, known.get(name)) for name, limit in asked.items()):
         tokenizer = load_tokenizer(path)
         if tokenizer.get_vocab_size() != vocab_size:
             raise UserError(f"{path}: holds {tokenizer.get_vocab_size()} tokens, not {vocab_size}; delete it")
         say(f"tokenizer: {vocab_size:,} tokens, trained on this corpus before ({path})")
         return tokenizer
-    limit = max_train_chars or Settings().max_train_chars
+    default = Settings()
+    limits = {name: getattr(default, name) if limit is None else limit for name, limit in asked.items()}
     began = time.perf_counter()
-    tokenizer = train_tokenizer(count_chars(read_documents(corpus.train), limit), vocab_size)
+    tokenizer = train_tokenizer(training_texts(read_documents(corpus.train), **limits), vocab_size)
     save_tokenizer(tokenizer, path)
-    with atomic_write(record) as part:
-        part.write_text(json.dumps({"max_train_chars": limit, "corpus": corpus.name, "revision": corpus.revision}))
+    write_json(record, {**limits, "corpus": corpus.name, "revision": corpus.revision})
     seconds = time.perf_counter() - began
     say(f"tokenizer: {vocab_size:,} tokens, trained in {seconds:.1f} s as there was none for this corpus ({path})")
     return tokenizer
 
 
-def tokenizer_folder(corpus: Corpus, vocab_size: int) -> Path:
-    """Where the tokenizer of a corpus lives, under the shared home folder."""
-    return home() / "tokenizers" / f"{corpus.name}-{corpus.revision[:20]}-{vocab_size}"
-
-
-# %% [markdown]
-# Encoding is the part that must keep up with the chip, and `tokenizers` spends 45 of 100 samples of it in its regular
-# expressions. nanochat's way out is `tiktoken`, which cuts and merges alike from the same table: 2.5 times as many ids
-# per CPU second, equal to the last one (a test compares). It only encodes, so training, decoding and the file stay
-# with `tokenizers`, and so do texts above 100,000 characters: a million spaces in a row overflow `tiktoken`'s stack,
-# and 100,000 of them take its version 0.9 three seconds.
-
-# %%
-LONG_TEXT = 100_000  # characters
-
-
-@functools.lru_cache(maxsize=4)
-def fast_encoder(tokenizer: Tokenizer) -> tiktoken.Encoding:
-    """tiktoken's encoder for the vocabulary and pattern of a tokenizer; made once, in 5 ms for 8,192 tokens."""
-    steps = json.loads(tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
-    (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
-    ranks = {raw: i for i, raw in enumerate(token_byte_strings(tokenizer)) if raw}
-    return tiktoken.Encoding("onechip", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
-def encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, <|bos|> first; on all cores."""
-    bos, short = tokenizer.token_to_id("<|bos|>"), [text for text in texts if len(text) <= LONG_TEXT]
-    fast = iter(fast_encoder(tokenizer).encode_ordinary_batch(short, num_threads=os.cpu_count()))
-    slow = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    return [[bos, *(next(fast) if len(text) <= LONG_TEXT else slow(text))] for text in texts]
-
+if __name__ == "__main__":
+    spelled = small.encode(f"{BOS} in a text")
+    print(f"{BOS} is id {small.token_to_id(BOS)}; spelled out in a text it is {spelled.ids[:4]}, as any other text")
 
 # %% [markdown]
-# Loss per token cannot be compared between tokenizers; bits per byte can, and need the bytes of each token. Counting
-# them through the decoded string is a known trap: a token that ends within a character decodes to U+FFFD, which is
-# three bytes whatever it stood for, and 193 of 32,768 tokens came out wrong in nanochat (its commit 2ce972a). A
-# byte-level vocabulary spells each byte as one printable character, so the bytes can be read off the token itself.
+# ### Bytes
+#
+# Loss per token cannot be compared between tokenizers. Bits per byte can, and needs the number of bytes of each token.
+#
+# Counting the bytes of the decoded string is a known trap. A token that ends inside a character decodes to U+FFFD,
+# which has three bytes, whatever the token stood for: in nanochat 193 of 32,768 tokens came out wrong (its commit
+# 2ce972a). A byte-level vocabulary spells each byte as one printable character, so the bytes can be read off the token
+# itself.
 
 
 # %%
-def byte_alphabet() -> dict[str, int]:
-    """character -> byte, as GPT-2 spells bytes: visible Latin-1 stands for itself, the others are U+0100 and on."""
+def byte_alphabet():
+    """{character: byte}, as GPT-2 spells bytes: visible Latin-1 is itself, the others are U+0100 and on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def token_byte_strings(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes that each id stands for; b"" for the special ones."""
+def token_byte_strings(tokenizer):
+    """The bytes of each id, a list of bytes; b"" for the special ones."""
     alphabet = byte_alphabet()
     special = set(tokenizer.get_added_tokens_decoder())
     tokens = (tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size()))
     return [b"" if i in special else bytes(alphabet[char] for char in token) for i, token in enumerate(tokens)]
 
 
-def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """(vocab_size,) int32: bytes per token id, 0 for the special ones."""
+def token_byte_lengths(tokenizer):
+    """(vocab_size,) int32: bytes of each token id, 0 for the special ones."""
     return np.array([len(raw) for raw in token_byte_strings(tokenizer)], np.int32)
 
 
+if __name__ == "__main__":
+    lengths, ids = token_byte_lengths(small), small.encode(text).ids
+    print(f"lengths {lengths.shape} {lengths.dtype}: {lengths[ids].sum():,} bytes; the text: {len(text.encode()):,}")
+
 # %% [markdown]
-# What should a model reach? gzip at its best, document by document, is the bar that needs no training: on the offline
-# corpus 2.1 to 2.5 bits per byte.
+# What should a model reach? `gzip -9`, document by document, is the bar that needs no training: 2.1 to 2.5 bits per
+# byte on the offline corpus.
 
 
 # %%
-def gzip_bits_per_byte(documents: Iterable[bytes]) -> float:
-    """8 * compressed / raw bytes of `gzip -9`, each document by itself as a model would meet it."""
+def gzip_bits_per_byte(documents):
+    """8 * compressed / raw bytes of `gzip -9`, each document (bytes) by itself, as a model would see it."""
     compressed = raw = 0
     for document in documents:
         compressed += len(gzip.compress(document, 9, mtime=0))
@@ -689,34 +780,80 @@ def gzip_bits_per_byte(documents: Iterable[bytes]) -> float:
     return 8 * compressed / raw
 
 
+if __name__ == "__main__":
+    print(f"this document: {gzip_bits_per_byte([text.encode()]):.2f} bits per byte")
+
+# %% [markdown]
+# ### Encoding
+#
+# Encoding has to keep up with the chip. `tokenizers` spends 45 of 100 samples of it in its regular expressions, and as
+# much again in merging. `tiktoken` cuts and merges in the same way from the same table, and gives 2.5 times as many ids
+# per CPU second, equal to the last one (a test compares). It only encodes: training, decoding and the file stay with
+# `tokenizers`.
+#
+# A very long document is encoded in pieces of at most 50,000 characters: a million spaces in a row overflow
+# `tiktoken`'s stack. A piece ends before a space, where the pattern cuts anyway, so the ids are those of the whole
+# text; only 25,000 characters without such a place are cut anywhere. A document of 50 MB takes four seconds on two
+# cores.
+
+# %%
+PIECE_CHARS = 50_000
+PIECE_CUTS = (r"[^\W_](?=\s)",)  # after a letter or digit, before white space
+
+
+@functools.lru_cache(maxsize=4)
+def fast_encoder(tokenizer):
+    """tiktoken.Encoding for the vocabulary and pattern of a tokenizer; built once, in 5 ms for 8,192 tokens."""
+    steps = json.loads(tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
+    (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
+    ranks = {raw: i for i, raw in enumerate(token_byte_strings(tokenizer)) if raw}
+    return tiktoken.Encoding("onechip", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def encode_batch(tokenizer, texts):
+    """Token ids of each text, a list of int with <|bos|> first; on all cores."""
+    bos = tokenizer.token_to_id(BOS)
+    pieces = [list(split_text(text, PIECE_CHARS, PIECE_CUTS)) for text in texts]
+    encode = fast_encoder(tokenizer).encode_ordinary_batch
+    encoded = iter(encode([piece for text in pieces for piece in text], num_threads=os.cpu_count()))
+    return [[bos, *itertools.chain.from_iterable(itertools.islice(encoded, len(text)))] for text in pieces]
+
+
+if __name__ == "__main__":
+    (ids,) = encode_batch(small, [text])
+    print(f"{len(text):,} characters, {len(ids):,} ids, equal to the slow ones:", ids[1:] == small.encode(text).ids)
+
 # %% [markdown]
 # ## Run
 #
-# Everything above only defined things. To change a setting, write it into `OVERRIDES` the way it would stand on a
-# command line, say `"--data fineweb --num_shards 4"`, and run this cell and the ones below again. The first run on the
-# offline corpus takes about four seconds.
+# Everything above defines things and shows them at work. Here the tokenizer itself is trained. To change a setting,
+# write it into `OVERRIDES` as on a command line, for example `"--data fineweb --num_shards 4"`, and run this cell and
+# those below again. On the offline corpus the first run takes about four seconds.
 
 # %%
 OVERRIDES = ""  # @param ["", "--data offline", "--data fineweb --num_shards 8"] {allow-input: true}
 
 if __name__ == "__main__":
+    prepare()
     settings = choose_settings(OVERRIDES)
     hub_token = read_secret("HF_TOKEN")
     corpus = get_corpus(settings.data, settings.num_shards)
-    tokenizer = get_tokenizer(corpus, settings.vocab_size, settings.max_train_chars)
+    tokenizer = get_tokenizer(corpus, settings.vocab_size, settings.max_train_chars, settings.max_doc_chars)
 
 # %% [markdown]
 # ## Look
 #
-# How far does it compress text that it was not trained on? English and code are held-out documents; whose, the table
-# says. Mathematics is written here: short worked problems in LaTeX with random numbers, 200 of them, so it shows what
-# digits and symbols cost and is no sample of anybody's papers.
+# How far does it compress text that it was not trained on?
+#
+# - English and code are held-out documents; the table names their source.
+# - Mathematics is generated here: 200 short worked problems in LaTeX with random numbers. It shows what digits and
+#   symbols cost; it is no sample of real papers.
 
 
 # %% cellView="form"
 # @title English, code and mathematics to compress
-def read_docstrings(sources: list[str]) -> list[str]:
-    """The docstrings in Python sources, as plain English; sources that are cut within a statement are left out."""
+def read_docstrings(sources):
+    """The docstrings in Python sources, as plain English; sources that are cut inside a statement are left out."""
     found = []
     for source in sources:
         try:
@@ -729,8 +866,8 @@ def read_docstrings(sources: list[str]) -> list[str]:
     return found
 
 
-def write_mathematics(count: int = 200, seed: int = 0) -> list[str]:
-    """Worked problems in LaTeX with numbers drawn from `seed`: what a page of exercises looks like to a tokenizer."""
+def write_mathematics(count=200, seed=0):
+    """`count` worked problems in LaTeX with numbers drawn from `seed`, six texts each, like a page of exercises."""
     rng, texts = random.Random(seed), []
     for _ in range(count):
         a, b, c, n = (rng.randint(2, 99) for _ in range(4))
@@ -748,9 +885,9 @@ def write_mathematics(count: int = 200, seed: int = 0) -> list[str]:
     return texts
 
 
-def held_out_samples(corpus: Corpus, max_documents: int = 1_000) -> dict[str, tuple[str, list[str]]]:
-    """kind -> (source, texts), none of it trained on: English, code and mathematics."""
-    documents = [text for _, (_, text) in zip(range(max_documents), read_documents(corpus.val), strict=False)]
+def held_out_samples(corpus, max_documents=1_000):
+    """{kind: (source, texts)} for English, code and mathematics, none of it trained on."""
+    documents = [text for _, text in itertools.islice(read_documents(corpus.val), max_documents)]
     code = [text for _, text in read_documents(offline_corpus().val)]
     if corpus.name == "stdlib":
         english = ("held-out standard library, docstrings", read_docstrings(code))
@@ -764,12 +901,16 @@ def held_out_samples(corpus: Corpus, max_documents: int = 1_000) -> dict[str, tu
 
 
 # %% [markdown]
-# Compared with what? A byte is a token where there is no tokenizer: 1.0. Two more of our own vocabulary size are
-# trained on the same text, one with GPT-2's pattern, one that cuts at white space only, so that the pattern is all that
-# differs. The shortest output is not the aim by itself: white space alone wins on code, as `self.name` becomes one
-# token, and pays with a vocabulary full of such compounds. Where `tiktoken` can load its tables, GPT-2 and GPT-4 are
-# shown as well, at 50,257 and 100,277 tokens: larger vocabularies, which buy part of their lead.
-
+# Compared with what?
+#
+# - Bytes: where there is no tokenizer, a token is a byte, 1.0.
+# - Two more of our own vocabulary size, trained on the same text: one with GPT-2's pattern, one that cuts at white
+#   space only. The pattern is all that differs.
+# - GPT-2's and GPT-4's own, where `tiktoken` can load their tables. With 50,257 and 100,277 tokens they are larger,
+#   which buys part of their lead.
+#
+# The shortest output is not the aim by itself. White space alone wins on code, because `self.name` becomes one token,
+# and pays with a vocabulary full of such compounds.
 
 # %% cellView="form"
 # @title Tokenizers to compare with
@@ -777,78 +918,70 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 SPACE_PATTERN = r"\s?\S+|\s+"
 
 
-def count_with(tokenizer: Tokenizer):
-    """texts -> number of tokens, without <|bos|>."""
-    return lambda texts: sum(len(ids) - 1 for ids in encode_batch(tokenizer, texts))
+def count_ids(tokenizer, texts):
+    """The number of tokens in texts, without <|bos|>."""
+    return sum(len(ids) - 1 for ids in encode_batch(tokenizer, texts))
 
 
-def train_baselines(corpus: Corpus, vocab_size: int, max_train_chars: int) -> dict:
-    """name -> token counter, for tokenizers of the same size from the same text with other patterns."""
+def count_tiktoken_ids(encoding, texts):
+    """The number of tokens in texts by one of tiktoken's own encodings."""
+    return sum(map(len, encoding.encode_ordinary_batch(texts)))
+
+
+def train_baselines(corpus, settings):
+    """{name: function that counts the tokens in texts}, of the same size, from the same text, by other patterns."""
     counters = {}
     for name, pattern in (("GPT-2's pattern", GPT2_PATTERN), ("white space only", SPACE_PATTERN)):
-        texts = count_chars(read_documents(corpus.train), max_train_chars)
-        counters[f"{name}, {vocab_size:,}"] = count_with(train_tokenizer(texts, vocab_size, pattern))
+        texts = training_texts(read_documents(corpus.train), settings.max_train_chars, settings.max_doc_chars)
+        other = train_tokenizer(texts, settings.vocab_size, pattern)
+        counters[f"{name}, {settings.vocab_size:,}"] = functools.partial(count_ids, other)
     return counters
 
 
-def load_tiktoken(timeout: float = 30.0) -> dict:
-    """name -> token counter of GPT-2 and GPT-4; empty, with a line that says why, where they cannot be had."""
-    loaded = {}
-
-    def load():
-        for name, table in (("GPT-2, 50,257", "gpt2"), ("GPT-4, 100,277", "cl100k_base")):
-            encoding = tiktoken.get_encoding(table)
-            loaded[name] = lambda texts, e=encoding: sum(map(len, e.encode_ordinary_batch(texts)))
-
-    # Its download has no time-out: a daemon thread can be left behind.
-    thread = threading.Thread(target=load_quietly, args=(load,), daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if len(loaded) < 2:
+def load_tiktoken(timeout=30.0):
+    """{name: function that counts the tokens in texts} of GPT-2 and GPT-4; empty if they cannot be loaded in time."""
+    tables = {"GPT-2, 50,257": "gpt2", "GPT-4, 100,277": "cl100k_base"}
+    try:
+        with ThreadPool(1) as pool:  # the download has no time-out of its own: its thread may be left behind
+            encodings = pool.apply_async(lambda: list(map(tiktoken.get_encoding, tables.values()))).get(timeout)
+    except Exception:  # of tiktoken, requests, or the time-out
         say("tiktoken cannot load its tables (no network?): GPT-2 and GPT-4 are not shown")
         return {}
-    return loaded
+    counters = (functools.partial(count_tiktoken_ids, encoding) for encoding in encodings)
+    return dict(zip(tables, counters, strict=True))
 
 
-def load_quietly(load) -> None:
-    """Runs `load` and drops its error: what is missing afterwards says it."""
-    with contextlib.suppress(Exception):
-        load()
-
-
-def measure_compression(counters: dict, samples: dict) -> dict[str, dict[str, float]]:
-    """tokenizer -> kind of text -> UTF-8 bytes per token."""
-    table = {"UTF-8 bytes, 256": dict.fromkeys(samples, 1.0)}
+def measure_compression(counters, samples):
+    """{tokenizer: {kind of text: UTF-8 bytes per token}}."""
+    compression = {"UTF-8 bytes, 256": dict.fromkeys(samples, 1.0)}
     for name, count in counters.items():
-        table[name] = {}
-        for kind, (_, texts) in samples.items():
-            table[name][kind] = sum(len(text.encode()) for text in texts) / count(texts)
-    return table
+        compression[name] = {
+            kind: sum(len(text.encode()) for text in texts) / count(texts) for kind, (_, texts) in samples.items()
+        }
+    return compression
 
 
 # %% cellView="form"
 # @title Table and picture
-def show_compression(table: dict[str, dict[str, float]], samples: dict) -> str:
-    """The table as aligned text, higher is better, and where its columns come from."""
-    width = max(map(len, table))
-    lines = ["bytes per token".ljust(width) + "".join(f"{kind:>13}" for kind in samples)]
-    for name, row in table.items():
-        lines.append(name.ljust(width) + "".join(f"{row[kind]:13.2f}" for kind in samples))
+def show_compression(compression, samples):
+    """The table as aligned text, where higher is better, and below it the source of each column."""
+    rows = [[name, *(f"{row[kind]:.2f}" for kind in samples)] for name, row in compression.items()]
+    lines = [table(rows, heads=["bytes per token", *samples], align="< >11")]
     for kind, (source, texts) in samples.items():
         lines.append(f"{kind}: {source}, {sum(len(text.encode()) for text in texts) / 1e3:,.0f} kB")
     return "\n".join(lines)
 
 
-def plot_compression(table: dict[str, dict[str, float]], samples: dict, path: Path) -> None:
-    """Bars of bytes per token, grouped by kind of text, as a PNG; ours is the dark one."""
+def plot_compression(compression, samples, path):
+    """Writes bars of bytes per token, grouped by kind of text, as a PNG; ours is the dark one."""
     from matplotlib.figure import Figure  # here, because importing it looks for fonts
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    width = 0.84 / len(table)
+    width = 0.84 / len(compression)
     colors = ["#d0d4da", "#1f4e79", "#6fa8dc", "#b4cfe8", "#e0a458", "#c97b2a"]
-    for i, (name, row) in enumerate(table.items()):
-        places = [k + (i - (len(table) - 1) / 2) * width for k in range(len(samples))]
+    for i, (name, row) in enumerate(compression.items()):
+        places = [k + (i - (len(compression) - 1) / 2) * width for k in range(len(samples))]
         bars = axes.bar(places, [row[kind] for kind in samples], width * 0.92, label=name, color=colors[i])
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
     axes.set_xticks(range(len(samples)), [f"{kind}\n({source})" for kind, (source, _) in samples.items()], fontsize=9)
@@ -856,7 +989,8 @@ def plot_compression(table: dict[str, dict[str, float]], samples: dict, path: Pa
     axes.set_title("Compression of held-out text: longer bars, fewer tokens", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
-    figure.legend(loc="outside lower center", ncols=len(table) if len(table) < 5 else 3, frameon=False, fontsize=9)
+    columns = len(compression) if len(compression) < 5 else 3
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     with atomic_write(path) as part:
         figure.savefig(part, dpi=150, format="png")
 
@@ -865,8 +999,8 @@ def plot_compression(table: dict[str, dict[str, float]], samples: dict, path: Pa
 if __name__ == "__main__":
     folder = tokenizer_folder(corpus, settings.vocab_size)
     samples = held_out_samples(corpus)
-    counters = {f"onechip, {settings.vocab_size:,}": count_with(tokenizer)}
-    counters |= train_baselines(corpus, settings.vocab_size, settings.max_train_chars) | load_tiktoken()
+    counters = {f"onechip, {settings.vocab_size:,}": functools.partial(count_ids, tokenizer)}
+    counters |= train_baselines(corpus, settings) | load_tiktoken()
     compression = measure_compression(counters, samples)
     say(show_compression(compression, samples))
     plot_compression(compression, samples, folder / "compression.png")
@@ -882,21 +1016,21 @@ if __name__ == "__main__":
     example = "def halve(x):  # 1024 becomes 512, and <|bos|> is only text"
     say(" · ".join(raw[i].decode(errors="replace") or "BOS" for i in encode_batch(tokenizer, [example])[0]))
     say(f"bytes per token id: {np.mean(token_byte_lengths(tokenizer)):.2f} on average, {max(map(len, raw))} at most")
-    held_out = [text.encode() for _, (_, text) in zip(range(1_000), read_documents(corpus.val), strict=False)]
+    held_out = [text.encode() for _, text in itertools.islice(read_documents(corpus.val), 1_000)]
     say(f"gzip -9, document by document: {gzip_bits_per_byte(held_out):.3f} bits per byte of held-out text")
 
 # %% [markdown]
 # ## Save
 #
 # With a token (HF_TOKEN, as a Colab secret or in the environment) the tokenizer goes to a private repository of your
-# own on the Hub, half a megabyte at 8,192 tokens, in a single commit with a short card. Without one, a line says so. A
-# Colab's disk goes with its session; what is on the Hub stays.
+# own on the Hub, in one commit with a short card: half a megabyte at 8,192 tokens. Without one, a line says so. A
+# Colab's disk is deleted with its session; what is on the Hub stays.
 
 
 # %% cellView="form"
 # @title The card
-def write_card(corpus: Corpus, vocab_size: int, table: str) -> str:
-    """The README of the Hub repository: what this is, from which text, how well it compresses."""
+def tokenizer_card(corpus, vocab_size, compression):
+    """README.md of the Hub repository: what this is, from which text, how well it compresses (a table as text)."""
     return (
         "---\nlicense: mit\nlibrary_name: tokenizers\ntags:\n- bpe\n- onechip\n---\n"
         f"# A byte-level BPE of {vocab_size:,} tokens\n\n"
@@ -904,16 +1038,15 @@ def write_card(corpus: Corpus, vocab_size: int, table: str) -> str:
         "split pattern and special tokens. Load it with `transformers.AutoTokenizer.from_pretrained`, or with "
         "`tokenizers.Tokenizer.from_file`, and then set `encode_special_tokens = True` before encoding text that you "
         "did not write.\n\n![Bytes per token](compression.png)\n\n"
-        f"```\n{table}\n```\n"
+        f"```\n{compression}\n```\n"
     )
 
 
 # %%
 if __name__ == "__main__":
+    card = tokenizer_card(corpus, settings.vocab_size, show_compression(compression, samples))
     with atomic_write(folder / "README.md") as part:
-        part.write_text(
-            write_card(corpus, settings.vocab_size, show_compression(compression, samples)), encoding="utf-8"
-        )
+        part.write_text(card, encoding="utf-8")
     export_tokenizer(tokenizer, folder)
     files = ["tokenizer.json", "tokenizer_config.json", "README.md", "compression.png"]
     upload_folder(folder, files, hub_token, settings.hub_repo, "onechip-tokenizer")
