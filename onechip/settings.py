@@ -73,6 +73,12 @@ def setting(default, help, *, fixed=False, above=None, at_least=None, below=None
     return dataclasses.field(default=default, metadata={"help": help, "fixed": fixed, "rule": rule})
 
 
+def change_default(config_class, name, default):
+    """A field of a class with another default, for a class derived from it; help and rule stay."""
+    (field,) = (field for field in dataclasses.fields(config_class) if field.name == name)
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
 def check_fields(config):
     """Raises UserError for the first field of a dataclass that is not of its type or breaks its rule."""
     for field in dataclasses.fields(config):
