@@ -199,8 +199,9 @@ class TrainConfig:
         "SSSL", "attention per layer, tiled: S half the context, L all; the last layer is L", fixed=True
     )
     softcap: float = setting(
-        15.0, "logits are bounded to +-softcap by tanh; 0 for no bound", fixed=True, at_least=0, at_most=60
-    )
+        15.0, "logits are bounded to +-softcap by tanh; 0 for no bound", fixed=True, at_least=0, at_most=60,
+        why="exp(softcap) summed must fit float32",
+    )  # fmt: skip
     rope_base: float = setting(10000.0, "longest rotary wavelength, in units of 2 pi tokens", fixed=True, above=0)
     attn_impl: str = setting(
         "pallas",

@@ -21,13 +21,13 @@
 # # A model whose dimensions follow the chip
 #
 # A second model on the trainer of `02_train`: wider heads, fewer of them, a gated MLP, plain residuals, 369M
-# parameters in the manner of MaxText, Gemma and Llama. Loader, loss, optimizer, loop, checkpoints, sampling and profile
-# are 02's, imported. What comes out is, number for number, a Qwen3 that other libraries load.
+# parameters in the manner of MaxText, Gemma and Llama. Loader, loss, optimizer, loop, checkpoints, sampling and
+# profile are 02's, imported. What comes out is, number for number, a Qwen3 that other libraries load.
 #
 # | where | model | time | memory | cost |
 # |---|---|---|---|---|
 # | laptop, two cores, no network | 8M parameters, Python's own sources | 3 minutes | under 2 GB | nothing |
-# | Colab, TPU v6e | 369M parameters, FineWeb-Edu | hours; goes on where it stopped | under 31.25 GiB | compute units |
+# | Colab, TPU v6e | 369M parameters, FineWeb-Edu | hours; resumes where it stopped | under 31.25 GiB | compute units |
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
@@ -92,12 +92,7 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
 
 # %%
 import dataclasses
-import functools
 import importlib
-import json
-import math
-import os
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +101,19 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-import common
-from common import require, say, setting
+from onechip import fit
+from onechip.card import describe_result
+from onechip.checkpoints import flatten
+from onechip.chips import topology_devices
+from onechip.errors import require, say
+from onechip.export import FOREIGN_ABOUT, FOREIGN_WEIGHTS, copy_into, list_files, write_card
+from onechip.files import atomic_write, write_json
+from onechip.hub import upload_folder
+from onechip.machine import open_tensorboard, prepare, read_secret
+from onechip.runfolder import RunFolder
+from onechip.settings import Run, change_default, choose, setting
+from onechip.tables import table
+from onechip.weights import Weight, draw_weights, normal, uniform
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -127,51 +133,52 @@ train = importlib.import_module("02_train")
 class Config(train.TrainConfig):
     """Sizes of the model, each of them explicit, and what training needs of any model."""
 
-    n_embd: int = setting(1024, "channels of the residual stream", fixed=True)
-    n_layer: int = setting(24, "layers", fixed=True)
-    n_head: int = setting(4, "query heads", fixed=True)
-    n_kv_head: int = setting(2, "key/value heads, a divisor of n_head", fixed=True)
-    head_dim: int = setting(256, "channels per head", fixed=True)
-    mlp_dim: int = setting(3072, "hidden channels of the MLP", fixed=True)
-    tile: int = setting(256, "every side of a matrix is a multiple of it: 256 on a v6e, 128 on older TPUs, 1 for any")
-    window_pattern: str = setting("L", "attention per layer, tiled: L all, S half the context; last: L", fixed=True)
-    softcap: float = setting(0.0, "logits are bounded to +-softcap by tanh; 0 for no bound, as Qwen3", fixed=True)
-    device_batch_size: int = setting(2, "sequences per microbatch and device: fastest of 1 to 16 by estimate")
-    loss_slice: int = setting(1024, "tokens whose logits exist at one time, an eighth of a microbatch")
+    n_embd: int = setting(1024, "channels of the residual stream", fixed=True, at_least=1)
+    n_layer: int = setting(24, "layers", fixed=True, at_least=1)
+    n_head: int = setting(4, "query heads", fixed=True, at_least=1)
+    n_kv_head: int = setting(2, "key/value heads, a divisor of n_head", fixed=True, at_least=1)
+    head_dim: int = setting(256, "channels per head", fixed=True, at_least=1)
+    mlp_dim: int = setting(3072, "hidden channels of the MLP", fixed=True, at_least=1)
+    tile: int = setting(
+        256, "every side of a matrix is a multiple of it: 256 on a v6e, 128 on older TPUs, 1 for any", at_least=1
+    )
+    window_pattern: str = change_default(train.TrainConfig, "window_pattern", "L")
+    softcap: float = change_default(train.TrainConfig, "softcap", 0.0)
+    device_batch_size: int = change_default(train.TrainConfig, "device_batch_size", 2)  # fastest of 1 to 16 by estimate
+    loss_slice: int = change_default(train.TrainConfig, "loss_slice", 1024)  # an eighth of a microbatch
 
     def check_sizes(self):
         """Raises UserError unless every side of every matrix is a multiple of tile."""
-        for name in ("n_embd", "n_layer", "mlp_dim", "tile"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be a positive integer")
         for name in ("n_embd", "head_dim", "mlp_dim", "vocab_size"):
             remedy = f"must be a multiple of tile={self.tile}, which the matrix unit works on"
             require(getattr(self, name) % self.tile == 0, name, getattr(self, name), remedy)
 
+    def smaller_models(self):
+        """Configs of fewer layers, nearest first: what to propose where this one does not fit."""
+        return (dataclasses.replace(self, n_layer=n) for n in range(self.n_layer - 1, 0, -1))
+
+
+# %%
+if __name__ == "__main__":
+    print({letter: size for letter, size in Config().sizes.items()})
 
 # %% [markdown]
 # ## Model
 #
-# Weights start as 02's, and the gate like the matrix beside it: embeddings N(0, 1), matrices into a block with variance
-# 1 / fan-in as in MaxText, projections out of it zero, so that the first loss is exactly log(V). GPT-2's scheme, normal
-# with 0.02 everywhere, was behind after 300 laptop steps (LOG.md). There are no biases, and norms have no parameters.
+# Weights start as 02's, and the gate like the matrix next to it: embeddings N(0, 1), matrices into a block with
+# variance 1 / fan-in as in MaxText, projections out of it zero, so that the first loss is exactly log(V). GPT-2's
+# scheme, normal with 0.02 everywhere, was behind after 300 laptop steps (LOG.md). There are no biases, and norms have
+# no parameters.
 
 
 # %%
-def init_layer(config, key):
-    """One layer's weights, float32: 02's, and c_gate (D, F) drawn as c_fc is."""
-    rest, gate = jax.random.split(key)
-    bound, shape = math.sqrt(3 / config.n_embd), (config.n_embd, config.mlp_dim)
-    return {**train.init_layer(config, rest), "c_gate": jax.random.uniform(gate, shape, jnp.float32, -bound, bound)}
-
-
-def init_params(config, key):
-    """All parameters, float32: wte (V, D), lm_head (D, V) and layers[i]; and the RoPE tables."""
-    embed, head, *layers = jax.random.split(key, config.n_layer + 2)
+def swiglu_weights(config):
+    """02's table without the two lambdas, and c_gate (D, F) in each layer."""
+    layer = {**train.gpt_weights(config)["layers"][0], "c_gate": Weight("D->F", uniform, "mlp")}
     return {
-        "wte": jax.random.normal(embed, (config.vocab_size, config.n_embd)),
-        "lm_head": 0.001 * jax.random.normal(head, (config.n_embd, config.vocab_size)),
-        "layers": [init_layer(config, key) for key in layers],
-        "rope": train.rope_tables(config),
+        "wte": Weight("V->D", normal(1.0), "embed"),
+        "lm_head": Weight("D->V", normal(0.001), "lm_head"),
+        "layers": [layer] * config.n_layer,
     }
 
 
@@ -207,21 +214,20 @@ def gated_mlp(layer, x):
     return jnp.einsum("btf,fd->btd", swiglu(gate, up), layer["mlp_proj"])
 
 
-def backbone(config, params, tokens, attend=None, start=0):
-    """Final hidden states (B, T, D), normed, for tokens (B, T) at positions start, ...; the arguments are 02's."""
-    attend = attend or train.choose_attention(config)
-    rope = train.rope_at(params, start, tokens.shape[1])
-    with jax.named_scope("embedding"):
-        x = params["wte"][tokens]
-    for i, layer in enumerate(params["layers"]):
-        with jax.named_scope(f"layer_{i}/attention"):
-            x = x + train.attention_block(layer, x, functools.partial(attend, i, rope))
-        with jax.named_scope(f"layer_{i}/mlp"):
-            x = x + gated_mlp(layer, x)
-    return train.rms_norm(x)
+def swiglu_embed(config, params, tokens, before):
+    """The residual stream (B, T, D): the embedding as it is."""
+    return params["wte"][tokens]
 
 
-SWIGLU = train.Model(init_params, backbone)
+def swiglu_block(config, params, i, streams, tokens, attend):
+    """(the residual stream (B, T, D) after layer i, its part of the cache); the arguments are 02's."""
+    layer, x = params["layers"][i], streams[-1]
+    with jax.named_scope(f"layer_{i}/attention"):
+        y, past = train.attention_block(layer, x, attend)
+        x = x + y
+    with jax.named_scope(f"layer_{i}/mlp"):
+        return x + gated_mlp(layer, x), past
+
 
 # %% [markdown]
 # ## Side by side
@@ -229,105 +235,54 @@ SWIGLU = train.Model(init_params, backbone)
 # What does it buy? The table under Run compares both models as designed, on the attached TPU or by the compiler's
 # estimate for one that is not here (`--compare v6e:1x1`, which takes minutes). At two sequences a microbatch the
 # estimated MFU is 53.6 % here and 47.8 % for 02. A token costs this model more FLOPs, yet they are of a better kind:
-# heads of 256 channels fill the matrix unit, which heads of 128 half fill; a layer has four heads to softmax instead of
-# eight; two K/V heads of 256 are half the keys and values to write and read; and the residual stream is read and
-# written twice a layer, with no third pass that mixes the embedding in.
+#
+# - heads of 256 channels fill the matrix unit, which heads of 128 half fill;
+# - a layer has four heads to softmax instead of eight;
+# - two K/V heads of 256 are half the keys and values to write and read;
+# - the residual stream is read and written twice a layer, with no third pass that mixes the embedding in.
 
 
 # %%
 def side_by_side(fits):
-    """A table as text of {name: (config, model, chip.Fit, tokens per second at the device's peak or None)}."""
-    rows = {name: [] for name in ("parameters", "FLOPs per token", "peak HBM, GiB", "ns per token", "MFU")}
-    for config, model, fit, peak in fits.values():
-        rate = fit.step_seconds and config.total_batch_size * config.seq_len / fit.step_seconds
+    """A table as text of {name: (config, model, fit.Fit, tokens per second at the device's peak or None)}."""
+    rows = {name: [name] for name in ("parameters", "FLOPs per token", "peak HBM, GiB", "ns per token", "MFU")}
+    for config, model, found, peak in fits.values():
+        rate = found.step_seconds and config.total_batch_size * config.seq_len / found.step_seconds
         cells = (
             f"{train.count_params(config, model)['total'] / 1e6:.1f}M",
             f"{train.flops_per_token(config, model):.3g}",
-            f"{fit.peak_bytes / 2**30:.2f}",
+            f"{found.peak_bytes / 2**30:.2f}",
             f"{1e9 / rate:,.0f}" if rate else "unknown",
             f"{rate / peak:.1%}" if rate and peak else "unknown",
         )
         for row, cell in zip(rows.values(), cells, strict=True):
             row.append(cell)
     where = next(iter(fits.values()))[2].where
-    lines = [f"{where + ', estimated':<28}" + "".join(f"{name:>14}" for name in fits)]
-    return "\n".join(lines + [f"{name:<28}" + "".join(f"{cell:>14}" for cell in row) for name, row in rows.items()])
+    return table(rows.values(), [f"{where}, estimated", *fits], "<26 >12")
 
 
 def compare_models(topology=""):
     """Both models as designed, compiled for a TPU topology or, where that is empty, for the attached device: text."""
-    mesh = train.chip_mesh(topology)
-    models = {"02_train": (train.Config(), train.GPT), "04_maxtext": (Config(), SWIGLU)}
-    fits = {
-        name: (config, model, train.measure_fit(config, mesh, model), train.peak_rate(config, mesh, model))
-        for name, (config, model) in models.items()
-    }
+    mesh = train.make_mesh(topology_devices(topology))
+    fits = {}
+    for name, config, model in (("02_train", train.Config(), train.GPT), ("04_maxtext", Config(), SWIGLU)):
+        work = train.workload(mesh, model)
+        fits[name] = config, model, fit.measure(work, config), fit.peak_rate(work, config)
     return side_by_side(fits)
 
 
 # %% [markdown]
-# ## Run
+# ## A model that others load
 #
-# As in 02: `OVERRIDES` or the command line, one run per set of settings, resumed when it is started again. The laptop
-# preset keeps the rule of tiles of 256, with one query head beside another on a single key/value head.
-
-
-# %%
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompareRun(common.Run):
-    """What to run, on which data, where to leave it, and what to compare it with."""
-
-    compare: str = setting("", "TPU topology to estimate both models for, v6e:1x1 say; empty: an attached TPU; or no")
-
-    def wants_table(self):
-        """Whether to compile both models first: for a topology, or for the TPU that is here."""
-        return self.compare != "no" and bool(self.compare or jax.default_backend() == "tpu")
-
-
-PRESETS = {
-    "chip": {},
-    "gpu": train.PRESETS["gpu"],
-    "laptop": train.PRESETS["laptop"]
-    | {"n_embd": 256, "n_layer": 4, "n_head": 2, "n_kv_head": 1, "head_dim": 256, "mlp_dim": 768},
-}
-
-
-# %%
-OVERRIDES = ""  # @param ["", "--preset laptop", "--compare v6e:1x1"] {allow-input: true}
-
-if __name__ == "__main__":
-    common.keep_freed_memory()
-    common.keep_compiled()
-    run, config = common.choose(Config, PRESETS, OVERRIDES, CompareRun)
-    print(train.describe_model(config, SWIGLU))
-    if run.wants_table():
-        print(compare_models(run.compare))
-    train.look_before(config, run.preflight, SWIGLU)
-
-# %%
-if __name__ == "__main__":
-    hub_token = common.read_secret("HF_TOKEN")
-    result, tokenizer, mirror = train.train_run(run, config, hub_token, SWIGLU)
-
-# %% [markdown]
-# ## Look
+# Weights travel as an architecture that is known elsewhere, where that computes the same numbers. Three things decide:
+# QK-norm rules out Llama and Mistral; a norm before each block and none after it rules out Gemma 3 and OLMo 2; Qwen3
+# has both, and no softcap, hence 0 above.
 #
-# The same text is held out as in 02 and scored in bits per byte, so the two models can be compared by their last lines.
-
-# %%
-if __name__ == "__main__":
-    print(common.describe_result(result, config))
-    common.open_tensorboard(result.run_dir)
-
-# %% [markdown]
-# ## Save
-#
-# Weights travel as an architecture that is known elsewhere, where that computes the same numbers. Three things decide.
-# QK-norm rules out Llama and Mistral; a norm before each block and none behind it rules out Gemma 3 and OLMo 2;
-# Qwen3 has both, and no softcap, hence 0 above. It norms before it rotates and 02 after: a rotation changes no length,
-# so with weights of one in the norm that is the same. All its norms get weights of one and our epsilon, and the halves
-# of each query and key head change places, because nanochat turns a pair of channels the other way round. Logits then
-# agree to float32's rounding, in mlx-lm by the tests and in transformers as LOG.md has it.
+# It norms before it rotates and 02 after: a rotation changes no length, so with weights of one in the norm that is the
+# same. All its norms get weights of one and our epsilon, and the halves of each query and key head change places,
+# because nanochat turns a pair of channels the other way round. Logits then agree to float32's rounding, in mlx-lm by
+# the tests and in transformers as LOG.md has it. The way back is the same permutation, so `open_model` opens that
+# export too.
 
 
 # %%
@@ -340,29 +295,116 @@ def why_not_qwen3(config):
     return None
 
 
+QWEN3_MATRICES = {  # ours: theirs
+    "c_q": "self_attn.q_proj", "c_k": "self_attn.k_proj", "c_v": "self_attn.v_proj", "c_proj": "self_attn.o_proj",
+    "c_gate": "mlp.gate_proj", "c_fc": "mlp.up_proj", "mlp_proj": "mlp.down_proj",
+}  # fmt: skip
+
+
+def exchange_halves(config, name, w):
+    """The halves of each query and key head change places: w (D, heads, H); other weights stay."""
+    return np.roll(w, config.head_dim // 2, axis=-1) if name in ("c_q", "c_k") else w
+
+
 def qwen3_weights(config, params):
     """{Hugging Face's name: array (out, in) of the compute type} of our parameters."""
-    D, ones = config.n_embd, lambda n: np.ones(n, np.float32)
-    turned = lambda w: np.roll(w, config.head_dim // 2, axis=-1)
-    weights = {"model.embed_tokens": params["wte"], "lm_head": params["lm_head"].T, "model.norm": ones(D)}
-    for i, layer in enumerate(params["layers"]):
-        layer = {name: np.asarray(w) for name, w in layer.items()}
-        attention = {
-            "q_proj": turned(layer["c_q"]).reshape(D, -1).T,
-            "k_proj": turned(layer["c_k"]).reshape(D, -1).T,
-            "v_proj": layer["c_v"].reshape(D, -1).T,
-            "o_proj": layer["c_proj"].reshape(-1, D).T,
-            "q_norm": ones(config.head_dim),
-            "k_norm": ones(config.head_dim),
-        }
-        mlp = {"gate_proj": layer["c_gate"].T, "up_proj": layer["c_fc"].T, "down_proj": layer["mlp_proj"].T}
-        norms = {"input_layernorm": ones(D), "post_attention_layernorm": ones(D)}
-        for part, group in (("self_attn.", attention), ("mlp.", mlp), ("", norms)):
-            weights |= {f"model.layers.{i}.{part}{name}": w for name, w in group.items()}
+    D, H = config.n_embd, config.head_dim
+    norms = {"input_layernorm": D, "post_attention_layernorm": D, "self_attn.q_norm": H, "self_attn.k_norm": H}
+    weights = {"model.embed_tokens": params["wte"], "lm_head": params["lm_head"].T, "model.norm": np.ones(D)}
+    for i, (layer, of) in enumerate(zip(params["layers"], swiglu_weights(config)["layers"], strict=True)):
+        for ours, theirs in QWEN3_MATRICES.items():
+            w = exchange_halves(config, ours, np.asarray(layer[ours]))
+            weights[f"model.layers.{i}.{theirs}"] = w.reshape(of[ours].fan_in(config), -1).T
+        weights |= {f"model.layers.{i}.{name}": np.ones(size) for name, size in norms.items()}
     dtype = jnp.dtype(config.dtype)
     return {f"{name}.weight": np.ascontiguousarray(np.asarray(w).astype(dtype)) for name, w in weights.items()}
 
 
+def read_qwen3(config, arrays):
+    """The inverse of qwen3_weights: our parameters by their flat names, float32."""
+    flat = {"wte": arrays["model.embed_tokens.weight"], "lm_head": arrays["lm_head.weight"].T}
+    for i, of in enumerate(swiglu_weights(config)["layers"]):
+        for ours, theirs in QWEN3_MATRICES.items():
+            w = arrays[f"model.layers.{i}.{theirs}.weight"].T.reshape(of[ours].shape(config))
+            flat[f"layers.{i}.{ours}"] = exchange_halves(config, ours, w)
+    return {name: np.asarray(w, np.float32) for name, w in flat.items()}
+
+
+SWIGLU = train.GPT._replace(
+    name="04_maxtext.SWIGLU", config=Config, weights=swiglu_weights, embed=swiglu_embed, block=swiglu_block,
+    read=read_qwen3,
+)  # fmt: skip
+
+# %%
+if __name__ == "__main__":
+    print(train.describe_model(Config(), SWIGLU))
+    tiny = Config(n_embd=48, n_layer=2, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=80, vocab_size=512, seq_len=64,
+                  tile=16, attn_impl="einsum", dtype="float32")  # fmt: skip
+    params = draw_weights(tiny, swiglu_weights(tiny), jax.random.key(0))
+    there_and_back = read_qwen3(tiny, qwen3_weights(tiny, params))
+    print("as a Qwen3 and back, equal:", all(np.array_equal(there_and_back[k], v) for k, v in flatten(params).items()))
+
+
+# %% [markdown]
+# ## Run
+#
+# As in 02: `OVERRIDES` or the command line, one run per set of settings, resumed when it is started again. The laptop
+# preset keeps the rule of tiles of 256, with two query heads on a single key/value head.
+
+
+# %%
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareRun(Run):
+    """What to run, on which data, where to leave it, and what to compare it with."""
+
+    compare: str = setting("", "TPU topology to estimate both models for, v6e:1x1 say; empty: an attached TPU; or no")
+
+    def wants_table(self):
+        """Whether to compile both models first: for a topology, or for the TPU that is here."""
+        return self.compare != "no" and bool(self.compare or jax.default_backend() == "tpu")
+
+
+SMALL = {"n_embd": 256, "n_layer": 4, "n_head": 2, "n_kv_head": 1, "head_dim": 256, "mlp_dim": 768}
+PRESETS = {"chip": {}, "gpu": train.PRESETS["gpu"], "laptop": train.PRESETS["laptop"] | SMALL}
+
+
+# %%
+OVERRIDES = ""  # @param ["", "--preset laptop", "--compare v6e:1x1"] {allow-input: true}
+
+if __name__ == "__main__":
+    prepare()
+    run, config = choose(Config, PRESETS, OVERRIDES, CompareRun)
+    print(train.describe_model(config, SWIGLU))
+    if run.wants_table():
+        print(compare_models(run.compare))
+    train.show_fit(config, run.preflight, SWIGLU)
+
+# %%
+if __name__ == "__main__":
+    hub_token = read_secret("HF_TOKEN")
+    result, tokenizer, mirror = train.train_run(run, config, hub_token, SWIGLU)
+
+# %% [markdown]
+# ## Look
+#
+# The same text is held out as in 02 and scored in bits per byte, so the two models can be compared by their last
+# lines.
+
+# %%
+if __name__ == "__main__":
+    print(describe_result(result, config))
+    open_tensorboard(result.run_dir)
+
+# %% [markdown]
+# ## Save
+#
+# A tokenizer travels too: it opens every text with `<|bos|>`, as training did, and since the next document begins
+# where one ends, `<|bos|>` is also what generation stops at. The model card says what was done to the weights and what
+# the model is not. A config that Qwen3 does not compute is not bent to fit: it is saved as 02 saves, and its card says
+# why.
+
+
+# %%
 def qwen3_config(config, bos):
     """config.json of a Qwen3ForCausalLM that computes what this Config's model does; bos ends a text as well."""
     return {
@@ -390,12 +432,6 @@ def qwen3_config(config, bos):
     }
 
 
-# %% [markdown]
-# A tokenizer travels too: it opens every text with `<|bos|>`, as training did, and since the next document begins where
-# one ends, `<|bos|>` is also what generation stops at. The model card says what was done to the weights and what the
-# model is not. A config that Qwen3 does not compute is not bent to fit: it is saved as 02 saves, and its card says why.
-
-# %%
 QWEN3_LOADING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained({source!r}) for kind in (AutoModelForCausalLM, AutoTokenizer))
@@ -406,32 +442,13 @@ QWEN3 = """\
 The weights are those of a `Qwen3ForCausalLM`, in {dtype}, and compute the same logits. Changed on the way: matrices
 transposed, the halves of each query and key head exchanged (Qwen3 rotates the other way), norms written as weights of
 one. The tokenizer opens a text with `<|bos|>`, as training did; generation stops at it."""
-PLAIN_LOADING = """
-import importlib
-train, maxtext = map(importlib.import_module, ("02_train", "04_maxtext"))  # in a clone of {repository}
-config, params, tokenizer = train.load_model({source!r}, maxtext.SWIGLU, maxtext.Config)
-[(prompt, text)] = train.make_sample_writer(config, tokenizer, [{prompt!r}], maxtext.SWIGLU)(params)
-print(prompt + text)
-"""
 PLAIN = """\
 `params.safetensors` holds the arrays under onechip's own names, in float32. It is not in the format of another library,
 because none that is known computes the same: {reason}."""
 
 
-def write_qwen3_card(folder, config, result, source):
-    """README.md of a Qwen3's folder: what it is, what it was trained on and how to load it."""
-    about = json.loads((result.run_dir / "config.json").read_text())
-    prompt = result.samples[0][0] if result.samples else "The "
-    lines, notes = QWEN3_LOADING.format(source=source or str(folder), prompt=prompt), QWEN3.format(dtype=config.dtype)
-    size, dataset = train.count_params(config, SWIGLU)["total"], train.name_dataset(about)
-    card = common.model_card(result, about, size, lines, dataset, notes, "transformers")
-    with common.atomic_write(folder / "README.md") as part:
-        part.write_text(card, encoding="utf-8")
-
-
-# %%
 def write_tokenizer(folder, config, tokenizer):
-    """tokenizer.json and what AutoTokenizer reads beside it: it opens a text with <|bos|>, as training did."""
+    """tokenizer.json and what AutoTokenizer reads with it: it opens a text with <|bos|>, as training did."""
     bos = tok.SPECIAL_TOKENS[0]
     opening = Tokenizer.from_str(tokenizer.to_str())
     ids = [(bos, tokenizer.token_to_id(bos))]
@@ -447,11 +464,6 @@ def write_tokenizer(folder, config, tokenizer):
     write_json(folder / "tokenizer_config.json", description)
 
 
-def write_json(path, value):
-    with common.atomic_write(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def export_qwen3(config, result, tokenizer, source=""):
     """Writes run_dir/model in Hugging Face's format, as a Qwen3 where the numbers agree; returns the folder.
 
@@ -459,23 +471,23 @@ def export_qwen3(config, result, tokenizer, source=""):
     """
     if reason := why_not_qwen3(config):
         say(f"export: plain safetensors, as {reason}")
-        return train.export_model(result, tokenizer, source, PLAIN_LOADING, PLAIN.format(reason=reason))
-    folder, bos = result.run_dir / "model", tokenizer.token_to_id(tok.SPECIAL_TOKENS[0])
-    folder.mkdir(exist_ok=True)
-    with common.atomic_write(folder / "loss.png") as part:
-        shutil.copyfile(result.run_dir / "loss.png", part)
-    with common.atomic_write(folder / "model.safetensors") as part:
+        return train.export_model(result, tokenizer, source, PLAIN.format(reason=reason))
+    run, bos = RunFolder(result.run_dir), tokenizer.token_to_id(tok.SPECIAL_TOKENS[0])
+    copy_into(run.model, run.picture)
+    with atomic_write(run.model / FOREIGN_WEIGHTS) as part:
         save_file(qwen3_weights(config, jax.device_get(result.params)), part, metadata={"format": "pt"})
-    write_json(folder / "config.json", qwen3_config(config, bos))
-    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": bos})
-    write_tokenizer(folder, config, tokenizer)
-    write_qwen3_card(folder, config, result, source)
-    say(f"export: {folder} is a Qwen3ForCausalLM in {config.dtype}")
-    return folder
+    write_json(run.model / "config.json", qwen3_config(config, bos))
+    write_json(run.model / FOREIGN_ABOUT, run.read_config())
+    write_json(run.model / "generation_config.json", {"bos_token_id": bos, "eos_token_id": bos})
+    write_tokenizer(run.model, config, tokenizer)
+    notes = QWEN3.format(dtype=config.dtype)
+    write_card(run.model, result, QWEN3_LOADING, source=source, notes=notes, library="transformers")
+    say(f"export: {run.model} is a Qwen3ForCausalLM in {config.dtype}")
+    return run.model
 
 
 # %%
 if __name__ == "__main__":
     folder = export_qwen3(config, result, tokenizer, f"{mirror.repo}-hf" if mirror else "")
     hf_repo = run.hub_repo and f"{run.hub_repo}-hf"  # apart from the checkpoints, whose config.json is another
-    common.upload_folder(folder, sorted(os.listdir(folder)), hub_token, hf_repo, f"onechip-{run.name}-hf")
+    upload_folder(folder, list_files(folder), hub_token, hf_repo, f"onechip-{run.name}-hf")
