@@ -150,7 +150,8 @@ from tokenizers import Regex, decoders
 
 from onechip.errors import UserError, first_line, require, say
 from onechip.files import atomic_write, hash_file, read_json, write_json
-from onechip.hub import load_hub, try_again, upload_folder
+from onechip.hub import upload_folder
+from onechip.hubclient import load_hub, try_again, without_bars
 from onechip.machine import has_tpu, home, prepare, read_secret
 from onechip.plots import show_picture
 from onechip.runlog import progress_bar
@@ -457,25 +458,21 @@ def fineweb_corpus(num_shards, directory=None, revision=FINEWEB_REVISION):
 
 def download_shards(names, directory, revision):
     """Downloads several shards at a time with one progress bar; the first that fails stops the rest."""
-    hub = load_hub()
     listed = list_shards(names, revision)
     size = sum(listed[name].size for name in names)
     say(f"download: {len(names)} shards, {size / 1e6:,.0f} MB, of {FINEWEB_REPO} at {revision[:12]} to {directory}")
-    their_bars = not hub.utils.are_progress_bars_disabled()
-    hub.utils.disable_progress_bars()  # one bar for all instead of one for each
     pool = concurrent.futures.ThreadPoolExecutor(DOWNLOADS_AT_ONCE)
-    try:
-        jobs = []
-        for name in names:
-            sha256 = listed[name].lfs.sha256 if listed[name].lfs else None
-            jobs.append(pool.submit(download_shard, name, directory, revision, sha256))
-        with progress_bar(total=size, unit="B", unit_scale=True, desc="shards") as bar:
-            for job in concurrent.futures.as_completed(jobs):
-                bar.update(job.result())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        if their_bars:
-            hub.utils.enable_progress_bars()
+    with without_bars():  # one bar for all instead of one for each
+        try:
+            jobs = []
+            for name in names:
+                sha256 = listed[name].lfs.sha256 if listed[name].lfs else None
+                jobs.append(pool.submit(download_shard, name, directory, revision, sha256))
+            with progress_bar(total=size, unit="B", unit_scale=True, desc="shards") as bar:
+                for job in concurrent.futures.as_completed(jobs):
+                    bar.update(job.result())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 # %%
@@ -791,10 +788,10 @@ if __name__ == "__main__":
 # per CPU second, equal to the last one (a test compares). It only encodes: training, decoding and the file stay with
 # `tokenizers`.
 #
-# A very long document is encoded in pieces of at most 50,000 characters: a million spaces in a row overflow
-# `tiktoken`'s stack. A piece ends before a space, where the pattern cuts anyway, so the ids are those of the whole
-# text; only 25,000 characters without such a place are cut anywhere. A document of 50 MB takes four seconds on two
-# cores.
+# A very long document is encoded in pieces of at most 50,000 characters, because a million spaces in a row overflow
+# `tiktoken`'s stack. A piece ends before white space, where the pattern cuts anyway, so the ids are those of the whole
+# text; only 25,000 characters without white space are cut anywhere. A document of 50 MB takes five seconds on two cores
+# and half a gigabyte.
 
 # %%
 PIECE_CHARS = 50_000

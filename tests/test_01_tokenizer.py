@@ -1,5 +1,6 @@
 """01_tokenizer: documents, tokens and the Hub, the real client against a Hub on loopback."""
 
+import functools
 import gzip
 import importlib
 import io
@@ -17,13 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from hub import Fault, Hub
 
 from onechip.errors import UserError
-from onechip.hub import upload_folder
 
 tok = importlib.import_module("01_tokenizer")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_parquet(path, texts, row_group_size=3, **columns):
@@ -57,7 +57,7 @@ def corpus():
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
     """1,000 tokens from 400,000 characters: small, but with merges within and across multi-byte characters."""
-    texts = list(tok.count_chars(tok.read_documents(corpus.train), 400_000))
+    texts = list(tok.training_texts(tok.read_documents(corpus.train), 400_000, 10_000))
     return tok.train_tokenizer([*texts, "déjà vu, naïve façade, Ω≈ç√∫ 日本語のテキスト 🙂🙃 " * 300], 1_000)
 
 
@@ -86,7 +86,7 @@ def random_text(rng, length):
 
 
 def test_resume_is_exact_at_every_position(tmp_path):
-    """From any position the stream goes on with exactly what would have come, over shards, row groups and gaps."""
+    """From any position the stream continues with exactly what would have come, over shards, row groups and gaps."""
     texts = [[f"{s}.{i}" for i in range(n)] for s, n in enumerate((7, 1, 5))]
     texts[0][3] = texts[2][0] = texts[2][4] = ""
     paths = [write_parquet(tmp_path / f"shard_{s:05d}.parquet", t) for s, t in enumerate(texts)]
@@ -104,7 +104,7 @@ def test_positions_name_the_next_document(tmp_path):
 
 
 def test_only_the_text_column_is_read(tmp_path):
-    """A column beside `text` may be damaged on disk and nobody notices: its bytes are never read."""
+    """The bytes of other columns are never read: one may be damaged on disk without any effect."""
     path = write_parquet(tmp_path / "a.parquet", list("abcdef"), url=["http://x" * 9] * 6)
     raw = bytearray(path.read_bytes())
     chunk = pq.ParquetFile(path).metadata.row_group(0).column(1)
@@ -119,7 +119,7 @@ def test_only_the_text_column_is_read(tmp_path):
 
 
 def test_row_groups_are_read_one_at_a_time(tmp_path):
-    """What stands before a damaged row group still comes; the refusal names file and group."""
+    """The documents before a damaged row group are read; the refusal names file and group."""
     path = write_parquet(tmp_path / "a.parquet", [c * 50 for c in "abcdef"])
     raw = bytearray(path.read_bytes())
     chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
@@ -132,11 +132,11 @@ def test_row_groups_are_read_one_at_a_time(tmp_path):
     assert "a.parquet" in one_line(error) and "row group 1" in str(error.value)
 
 
-def test_long_documents_are_cut(tmp_path):
-    """A document is cut at max_chars characters, not bytes, and the next one is whole."""
-    path = write_parquet(tmp_path / "a.parquet", ["é" * 10_001, "b"])
-    assert [len(text) for _, text in tok.read_documents([path])] == [10_000, 1]
-    assert [text for _, text in tok.read_documents([path], max_chars=4)] == ["éééé", "b"]
+def test_long_documents_are_read_whole(tmp_path):
+    """A document comes to its last character, however long it is, and the next one after it."""
+    texts = ["é" * 10_001, "b", "word " * 300_000 + "end", "c"]
+    path = write_parquet(tmp_path / "a.parquet", texts)
+    assert [text for _, text in tok.read_documents([path])] == texts
 
 
 # ---- the offline corpus
@@ -145,13 +145,14 @@ def test_long_documents_are_cut(tmp_path):
 def test_no_source_file_is_on_both_sides(corpus):
     """All pieces of one module are in one shard: none of a held-out module was trained on; and no text is lost."""
     shards = [{text for _, text in tok.read_documents([path])} for path in (*corpus.train, *corpus.val)]
-    sources = tok.find_sources(Path(importlib.import_module("os").__file__).parent)
+    sources = tok.find_sources(Path(os.__file__).parent)
     counts = np.zeros(len(shards), int)
     for source in sources:
         try:
-            pieces = [piece for piece in tok.split_source(source.read_text(encoding="utf-8")) if piece.strip()]
+            text = source.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
+        pieces = [piece for piece in tok.split_text(text, tok.OFFLINE_DOC_CHARS, tok.SOURCE_CUTS) if piece.strip()]
         if pieces:
             holders = [i for i, shard in enumerate(shards) if all(piece in shard for piece in pieces)]
             assert holders, source
@@ -208,23 +209,24 @@ def test_a_crash_while_writing_leaves_no_half_shard(corpus, tmp_path, monkeypatc
     assert [path.stat().st_mtime_ns for path in whole] == written  # nothing is written twice
 
 
-def test_split_source_loses_nothing():
+def test_splitting_loses_nothing():
     """Pieces put together are the text again, none is too long or tiny, and cuts are at top-level statements."""
     rng = random.Random(0)
-    for _ in range(200):
-        text = "".join(rng.choice(["x", "é", "\n", "\n\n", "    ", "def f():"]) for _ in range(rng.randrange(400)))
-        pieces = tok.split_source(text, 50)
-        assert "".join(pieces) == text
-        assert all(len(piece) <= 50 for piece in pieces) and all(len(piece) >= 25 for piece in pieces[:-1])
+    for cuts in (tok.SOURCE_CUTS, tok.PIECE_CUTS):
+        for _ in range(200):
+            text = "".join(rng.choice(["x", "é", "\n", "\n\n", "    ", "def f():"]) for _ in range(rng.randrange(400)))
+            pieces = list(tok.split_text(text, 50, cuts))
+            assert "".join(pieces) == text
+            assert all(len(piece) <= 50 for piece in pieces) and all(len(piece) >= 25 for piece in pieces[:-1])
     module = "\n\n\n".join(f"def f{i}():\n    a = {i}\n\n    return a" for i in range(20))
-    assert all(piece.startswith("def ") for piece in tok.split_source(module, 100))
+    assert all(piece.startswith("def ") for piece in tok.split_text(module, 100, tok.SOURCE_CUTS))
 
 
 # ---- the tokenizer
 
 
 def test_round_trip_over_any_unicode(tokenizer):
-    """Decoding gives back every text exactly, whatever it is made of."""
+    """Decoding gives back every text exactly, whatever characters it has."""
     rng = random.Random(1)
     texts = ["", " ", "\x00", "\ufeff", *(random_text(rng, rng.randrange(200)) for _ in range(300))]
     for text, ids in zip(texts, tok.encode_batch(tokenizer, texts), strict=True):
@@ -243,22 +245,46 @@ def test_the_fast_encoder_gives_the_tokenizers_own_ids(tokenizer, corpus):
         assert ids[1:] == tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def test_pieces_give_the_ids_of_the_whole_text(tokenizer, corpus, monkeypatch):
+    """A long text is encoded in pieces, cut only where the pattern cuts too: no id differs, in code and in noise."""
+    rng = random.Random(5)
+    code = "".join(text for _, text in tok.read_documents(corpus.val))
+    words = ["don't", "ſ", "K", "x1y2", "12345", "٣٤", "中文", "_a_", "e\u0301", "²", "...", "!\n", "\r\n", "\t"]
+    gaps = ["", " ", " ", "  ", "\n", " \n  ", "\u00a0", "\u2028"]
+    noise = "".join(rng.choice(words) + rng.choice(gaps) for _ in range(100_000))
+    monkeypatch.setattr(tok, "PIECE_CHARS", 2_000)
+    for text, ids in zip([code, noise], tok.encode_batch(tokenizer, [code, noise]), strict=True):
+        assert len(list(tok.split_text(text, tok.PIECE_CHARS, tok.PIECE_CUTS))) > 100
+        assert ids[1:] == tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def test_a_very_long_text_is_encoded_too(tokenizer):
-    """A million spaces overflow tiktoken's stack; among short texts, each keeps its place."""
-    texts = ["a", "b" + " " * 1_200_000, "c", " " * tok.LONG_TEXT, " " * (tok.LONG_TEXT + 1)]
+    """A million spaces, which overflow tiktoken's stack, are encoded; among short texts each keeps its place."""
+    pieces = tok.PIECE_CHARS
+    texts = [
+        "a",
+        "b" + " " * 1_200_000,
+        "",
+        "c",
+        " " * pieces,
+        " " * (pieces + 1),
+        "x" * (3 * pieces),
+        "中" * pieces * 2,
+    ]
     for text, ids in zip(texts, tok.encode_batch(tokenizer, texts), strict=True):
+        assert ids[0] == tokenizer.token_to_id(tok.BOS)
         assert tokenizer.decode(ids[1:], skip_special_tokens=False) == text
 
 
 def test_special_tokens_never_come_from_text(tokenizer, tmp_path):
-    """A document that spells out special tokens holds no special id but its own leading BOS, also after loading."""
+    """A document that spells out special tokens has no special id but its leading BOS, before and after loading."""
     tok.save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
     text = "a" + "".join(tok.SPECIAL_TOKENS) * 2 + "<|bos|>"
     for which in (tokenizer, tok.load_tokenizer(tmp_path / "tokenizer.json")):
         special = {which.token_to_id(token) for token in tok.SPECIAL_TOKENS}
         assert None not in special and len(special) == len(tok.SPECIAL_TOKENS) == 9
         (ids,) = tok.encode_batch(which, [text])
-        assert ids[0] == which.token_to_id("<|bos|>") and not special & set(ids[1:])
+        assert ids[0] == which.token_to_id(tok.BOS) and not special & set(ids[1:])
         assert which.decode(ids[1:], skip_special_tokens=False) == text
 
 
@@ -318,7 +344,7 @@ def test_hash_depends_on_what_decides_the_ids(tokenizer, corpus, tmp_path):
 
 
 def test_get_tokenizer_trains_once_for_each_corpus(corpus, tmp_path, monkeypatch, capsys):
-    """The second call loads; another limit, size or revision trains anew; each says so in one line."""
+    """The second call loads; another limit, size or revision trains again; each says so in one line."""
     monkeypatch.setenv("ONECHIP_HOME", str(tmp_path))
     first = tok.get_tokenizer(corpus, 400, max_train_chars=50_000)
     again = tok.get_tokenizer(corpus, 400)
@@ -336,18 +362,26 @@ def test_get_tokenizer_trains_once_for_each_corpus(corpus, tmp_path, monkeypatch
     tok.get_tokenizer(tok.dataclasses.replace(corpus, revision="other"), 400, max_train_chars=60_000)
     tok.get_tokenizer(tok.dataclasses.replace(corpus, name="other"), 400, max_train_chars=60_000)
     assert len(trained) == 4
+    tok.get_tokenizer(corpus, 400, max_doc_chars=5_000)
+    assert len(trained) == 5
+    record = tok.tokenizer_folder(corpus, 400) / "trained_on.json"
+    record.write_text('{"max_train_chars": 60000}')  # as written before the limit was a setting
+    tok.get_tokenizer(corpus, 400, max_train_chars=60_000, max_doc_chars=10_000)
+    assert len(trained) == 5
     folder = tok.tokenizer_folder(corpus, 400)
     (folder / "trained_on.json").write_text("{")
-    assert tok.tokenizer_hash(tok.get_tokenizer(corpus, 400)) and len(trained) == 4
+    assert tok.tokenizer_hash(tok.get_tokenizer(corpus, 400)) and len(trained) == 5
     tok.save_tokenizer(tok.get_tokenizer(corpus, 401), folder / "tokenizer.json")
     with pytest.raises(UserError, match="holds 401 tokens, not 400"):
         tok.get_tokenizer(corpus, 400)
 
 
-def test_tokenizer_learns_from_as_much_as_it_is_told():
-    """The text to train on ends with the document that reaches the limit."""
+def test_limits_of_the_training_text():
+    """The text to train on ends with the document that reaches the limit; of each, only the start is taken."""
     documents = [((0, 0, i), "x" * 10) for i in range(9)]
-    assert [len(list(tok.count_chars(iter(documents), limit))) for limit in (1, 10, 11, 30, 999)] == [1, 1, 2, 3, 9]
+    counts = [len(list(tok.training_texts(iter(documents), limit, 99))) for limit in (1, 10, 11, 30, 999)]
+    assert counts == [1, 1, 2, 3, 9]
+    assert list(tok.training_texts([(0, "abcde"), (0, "fg"), (0, "hij")], 6, 3)) == ["abc", "fg", "hij"]
 
 
 def test_a_full_disk_keeps_the_old_tokenizer(tokenizer, tmp_path, monkeypatch):
@@ -393,13 +427,19 @@ def make_bad_shard(path, kind):
     elif kind == "no text":
         pq.write_table(pa.table({"content": ["a"]}), path)
         return "'content'"
+    elif kind == "two texts":
+        table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+        pq.write_table(table, path)
+        return "2 columns named 'text'"
     elif kind == "numbers":
         pq.write_table(pa.table({"text": [1, 2]}), path)
         return "int64"
     return path.name
 
 
-@pytest.mark.parametrize("kind", ["not parquet", "truncated", "empty file", "no text", "numbers", "missing"])
+@pytest.mark.parametrize(
+    "kind", ["not parquet", "truncated", "empty file", "no text", "two texts", "numbers", "missing"]
+)
 def test_bad_shards_are_refused_by_name(tmp_path, kind):
     """Each kind of bad shard is refused in one line that names the file and what is wrong with it."""
     path = tmp_path / "shard_00007.parquet"
@@ -410,7 +450,7 @@ def test_bad_shards_are_refused_by_name(tmp_path, kind):
 
 
 def test_folder_corpora(tmp_path, capsys):
-    """A folder's shards in order of name, the last held out; its revision follows the content, not the place."""
+    """A folder's shards are in the order of their names, the last is held out; the revision depends on content."""
     for name in ("b", "a", "c"):
         write_parquet(tmp_path / f"{name}.parquet", [name] * 4)
     corpus = tok.get_corpus(str(tmp_path), 1)
@@ -420,9 +460,45 @@ def test_folder_corpora(tmp_path, capsys):
     assert tok.folder_corpus(tmp_path).revision != corpus.revision
 
 
+def test_texts_of_one_size_have_revisions_of_their_own(tmp_path):
+    """Two folders whose files agree in name, size and everything but one early byte have different revisions."""
+    revisions, sizes = set(), set()
+    for i, first in enumerate("abba"):
+        (tmp_path / f"{i}").mkdir()
+        for name in ("x", "y"):
+            texts = [first * 9, *(f"document {n}, the same in all " * 40 for n in range(300))]
+            path = write_parquet(tmp_path / f"{i}" / f"{name}.parquet", texts)
+            sizes.add(path.stat().st_size)
+            assert path.stat().st_size > 200_000
+        revisions.add(tok.folder_corpus(tmp_path / f"{i}").revision)
+    assert len(sizes) == 1 and len(revisions) == 2
+
+
+def test_unchanged_shards_are_hashed_once(tmp_path, monkeypatch):
+    """A second look at a folder reads no content; a file that was changed, or written just now, is read again."""
+    monkeypatch.setenv("ONECHIP_HOME", str(tmp_path / "home"))
+    folder, read = tmp_path / "data", []
+    folder.mkdir()
+    paths = [write_parquet(folder / f"{name}.parquet", [name] * 4) for name in "ab"]
+    monkeypatch.setattr(tok, "hash_file", lambda path, _hash=tok.hash_file: read.append(path.name) or _hash(path))
+    first = tok.folder_corpus(folder).revision
+    assert tok.folder_corpus(folder).revision == first and len(read) == 4  # too young to be trusted
+    later = time.time_ns() + 3_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    assert [tok.folder_corpus(folder).revision for _ in range(2)] == [first] * 2 and len(read) == 6
+    before = paths[0].stat()
+    write_parquet(paths[0], ["A"] * 4)
+    os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps the time
+    assert paths[0].stat().st_size == before.st_size
+    assert tok.folder_corpus(folder).revision != first and read[6:] == ["a.parquet"]
+    for note in (tmp_path / "home" / "hashes").iterdir():
+        note.write_text('{"a.parquet": 3, "b.parquet": [1]}')
+    assert tok.folder_corpus(folder).revision != first and len(read) == 9
+
+
 def test_bad_folders_are_refused(tmp_path):
     """No such folder, no shard to hold out, a bad shard among good ones, no documents: one line each."""
-    with pytest.raises(UserError, match="finewebb"):
+    with pytest.raises(UserError, match="data='finewebb': is neither offline nor fineweb nor a folder"):
         tok.get_corpus("finewebb", 1)
     write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(UserError) as error:
@@ -438,10 +514,12 @@ def test_bad_folders_are_refused(tmp_path):
 
 def test_bad_vocabularies_are_refused():
     """Too small for bytes and special tokens, or too large for the text: refused with the numbers."""
-    with pytest.raises(UserError, match="265 or more.*not 264"):
-        tok.train_tokenizer(["abc"], 264)
+    for size in (264, 0, -1, 10**14):
+        with pytest.raises(UserError, match=rf"vocab_size={size}: must be 265 .* to 1,000,000") as error:
+            tok.train_tokenizer(["abc"], size)
+        one_line(error)
     assert tok.train_tokenizer(["abc"], 265).get_vocab_size() == 265
-    with pytest.raises(UserError, match="gives 2.. tokens, not 1000") as error:
+    with pytest.raises(UserError, match="vocab_size=1000: the text gives only 2.. tokens") as error:
         tok.train_tokenizer(["abc abd"], 1_000)
     one_line(error)
 
@@ -466,9 +544,9 @@ def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
 def test_fineweb_arguments_are_checked():
     """A number of shards or a revision that cannot be is refused before anything is asked of the Hub."""
     for number in (0, 1823):
-        with pytest.raises(UserError, match=f"not {number}"):
+        with pytest.raises(UserError, match=f"num_shards={number}: must be 1 to 1822"):
             tok.fineweb_corpus(number)
-    with pytest.raises(UserError, match="'main'"):
+    with pytest.raises(UserError, match="revision='main': must be a commit"):
         tok.fineweb_corpus(1, revision="main")
 
 
@@ -478,20 +556,35 @@ def test_fineweb_arguments_are_checked():
 def test_settings_by_machine_and_by_hand(monkeypatch, capsys):
     """A TPU gets FineWeb-Edu and 32,768 tokens, a laptop the offline corpus and 8,192; what is set stays."""
     monkeypatch.setattr(sys, "argv", ["01_tokenizer.py"])
-    monkeypatch.setattr(common, "has_tpu", lambda: True)
+    monkeypatch.setattr(tok, "has_tpu", lambda: True)
     assert (tok.choose_settings().data, tok.choose_settings().vocab_size) == ("fineweb", 32_768)
-    monkeypatch.setattr(common, "has_tpu", lambda: False)
+    monkeypatch.setattr(tok, "has_tpu", lambda: False)
     assert (tok.choose_settings().data, tok.choose_settings().vocab_size) == ("offline", 8_192)
     capsys.readouterr()
     chosen = tok.choose_settings("--data fineweb --num_shards 2 --vocab_size 4096")
     assert (chosen.data, chosen.num_shards, chosen.vocab_size) == ("fineweb", 2, 4096)
     assert capsys.readouterr().out.count("as set") == 2
+    for words in ("--num_shards 0", "--num_shards -3", "--num_shards 1823", "--vocab_size -1", "--vocab_size 1000001"):
+        with pytest.raises(UserError, match=words.removeprefix("--").replace(" ", "=")):
+            tok.choose_settings(words)
+    for words in ("--max_train_chars 0", "--max_doc_chars 0"):
+        with pytest.raises(UserError, match=words.removeprefix("--").replace(" ", "=")):
+            tok.choose_settings(words)
+
+
+def test_the_first_cell_shows_more_merges_in_fewer_tokens(capsys):
+    """Each line of the first cell spells the same sentence, in fewer tokens with more merges."""
+    tok.show_merges(["a cat sat", "a cat"], (0, 2, 5))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2].replace("·", "") for line in lines] == ["a_cat_sat"] * 3
+    counts = [line.count("·") for line in lines]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 3
 
 
 def test_compression_is_bytes_per_token(tokenizer, corpus):
-    """The table divides UTF-8 bytes by tokens without BOS, over held-out text; bytes themselves stand at 1."""
+    """The table divides UTF-8 bytes by tokens without BOS, over held-out text; a byte is one byte."""
     samples = {"one": ("here", ["naïve", "façade " * 20]), "two": ("there", ["x"])}
-    table = tok.measure_compression({"ours": tok.count_with(tokenizer)}, samples)
+    table = tok.measure_compression({"ours": functools.partial(tok.count_ids, tokenizer)}, samples)
     tokens = sum(len(tokenizer.encode(text).ids) for text in samples["one"][1])
     assert table["ours"] == {"one": pytest.approx((6 + 160) / tokens), "two": 1.0}
     assert set(table["UTF-8 bytes, 256"].values()) == {1.0}
@@ -524,7 +617,7 @@ def test_mathematics_is_true(monkeypatch):
 
 
 def test_tiktoken_where_it_can_be_had(monkeypatch, capsys):
-    """With tables GPT-2 and GPT-4 are counted; without tables, or when they hang, one line says so and it goes on."""
+    """With tables GPT-2 and GPT-4 are counted; without, or when they hang, one line says so and the run continues."""
 
     class Encoding:
         def encode_ordinary_batch(self, texts):
@@ -549,7 +642,8 @@ def test_tiktoken_where_it_can_be_had(monkeypatch, capsys):
 
 def run_client(hub, home, code, **environment):
     """Runs `code` with `tok` imported in a process of its own that knows only this Hub; returns the process."""
-    start = 'import importlib, common\ntok = importlib.import_module("01_tokenizer")\ncommon.FIRST_PAUSE = 0.01\n'
+    start = "import importlib\nfrom onechip import hubclient\nfrom onechip.errors import UserError\n"
+    start += 'tok = importlib.import_module("01_tokenizer")\nhubclient.FIRST_PAUSE = 0.01\n'
     environment = os.environ | hub.environment() | {"ONECHIP_HOME": str(home)} | environment
     environment |= {
         "HF_HUB_DOWNLOAD_TIMEOUT": "1",
@@ -629,7 +723,7 @@ def test_downloads_that_cannot_succeed_are_refused(tmp_path):
         ]
 
 
-def test_a_killed_download_goes_on(tmp_path):
+def test_a_killed_download_resumes(tmp_path):
     """A process killed within a shard leaves no part under its name, and the next fetches only what is missing."""
     with Hub() as hub:
         files = add_fineweb(hub, 2)
@@ -667,14 +761,3 @@ def test_the_whole_run_uploads_to_the_hub(tmp_path):
         assert hub.repos["model", "someone/onechip-tokenizer"].private and not hub.unknown
         for said in ("chosen:", "data:", "tokenizer:", "bytes per token", "gzip -9", "upload: tokenizer.json"):
             assert said in done.stdout
-
-
-def test_no_upload_is_said_and_ends_nothing(tmp_path, capsys):
-    """Without a token, or with one that the Hub refuses, one line says so and the run goes on."""
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert upload_folder(tmp_path, ["tokenizer.json"], None) is None
-    assert "no HF_TOKEN" in capsys.readouterr().out
-    with Hub() as hub:
-        code = f"print(upload_folder({str(tmp_path)!r}, ['tokenizer.json'], 'hf_wrong', 'someone/x'))"
-        said = finish(run_client(hub, tmp_path, code))
-        assert "upload: none" in said and said.endswith("None\n") and "hf_wrong" not in said
