@@ -1,0 +1,51 @@
+"""onechip/runfolder.py: the name of every file a run leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from onechip.errors import UserError
+from onechip.runfolder import RunFolder, checkpoint_name, find_checkpoints
+
+
+def test_every_file_has_one_name():
+    """The names that readers of a run rely on, from any kind of path."""
+    for path in ("runs/x", Path("runs") / "x"):
+        run = RunFolder(path)
+        names = [run.config, run.metrics, run.picture, run.profile, run.checkpoints, run.model]
+        expected = ["config.json", "metrics.jsonl", "loss.png", "profile", "checkpoints", "model"]
+        assert run.path == Path("runs/x") and names == [run.path / name for name in expected]
+        assert run.checkpoint(123) == Path("runs/x/checkpoints/step_00000123")
+        assert run.nonfinite(7) == Path("runs/x/checkpoints/nonfinite_00000007")
+
+
+def test_only_names_of_ours_are_checkpoints(tmp_path):
+    """By step, not by date or spelling; a copy, a note and a file are a person's, and so is what only looks alike."""
+    steps = [9, 10, 2, 10**8, 2 * 10**9]
+    for step in steps:
+        (tmp_path / checkpoint_name(step)).mkdir()
+    others = ["step_00000003_best_ever", "step_zzz", "step_3", "step_000000012", "step_", "damaged_step_00000001_0"]
+    for name in (*others, "step_\u0661\u0661\u0661\u0661\u0661\u0661\u0661\u0661", ".step_00000011.part"):
+        (tmp_path / name).mkdir()
+    for name in ("step_notes.txt", "step_00000004"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "step_00000005").symlink_to(tmp_path / "step_00000009")
+    (tmp_path / "step_00000006").symlink_to(tmp_path / "nowhere")
+    found = find_checkpoints(tmp_path)
+    assert list(found) == sorted([*steps, 5])
+    assert all(path == tmp_path / checkpoint_name(step) for step, path in found.items())
+    assert find_checkpoints(tmp_path / "nowhere") == {}
+
+
+def test_a_runs_settings_are_a_dict_or_one_line(tmp_path):
+    """A folder without config.json, or with one that cannot be read, is named with what is wrong."""
+    run = RunFolder(tmp_path)
+    for raw, problem in ((None, "No such file"), (b"{", "is not JSON"), (b"[]", "not an object")):
+        if raw is not None:
+            run.config.write_bytes(raw)
+        with pytest.raises(UserError, match=problem) as raised:
+            run.read_config()
+        assert str(run.config) in str(raised.value) and "\n" not in str(raised.value)
+    run.config.write_text(json.dumps({"config": {"n_head": 4}}))
+    assert run.read_config() == {"config": {"n_head": 4}}
