@@ -6,8 +6,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORT = ROOT / "tests" / "support"
 CHILD = SUPPORT / "child"
@@ -22,7 +20,7 @@ for name in list(os.environ):
     if name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY") or name.lower().endswith("_proxy"):
         del os.environ[name]
 
-# Where a container forbids it, every process that is started here would compile its imports anew: 4 s of a worker's.
+# Where a container forbids it, every process that is started here would compile its imports again: 4 s of a worker's.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
@@ -32,31 +30,12 @@ import offline  # noqa: E402, F401  (this process too)
 
 import onechip  # noqa: E402, F401  (before jax)
 
+# isort: split
+from compiled import compiled_folder, compiled_once  # noqa: E402, F401  (fixtures for all)
+from corpus import corpus, straight, tokenizer  # noqa: E402, F401
+
 
 def pytest_collection_modifyitems(items):
     """Files with the most slow tests go first: at the end one process would be alone with them."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Each call of train() makes its own jitted functions: a cache on disk spares 8 of 10 s for the same program."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    cache = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in cache.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))  # for the processes that are started here
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

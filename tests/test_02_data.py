@@ -1,0 +1,173 @@
+"""02's data: the stream of tokens, its batches, the held-out set and the score on it."""
+
+import functools
+import importlib
+import itertools
+import json
+import math
+import re
+import zlib
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from configs import random_params
+from corpus import ROWS, VOCAB, is_one_line, pack, texts_of, tiny
+
+from onechip.errors import UserError
+
+tok = importlib.import_module("01_tokenizer")
+train = importlib.import_module("02_train")
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+BATCH = 144  # tokens
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stream
+
+
+@pytest.mark.parametrize("docs_per_call", [1, 5, 32, 1000])
+def test_the_stream_is_every_document_once_per_epoch_in_order(corpus, tokenizer, docs_per_call):
+    """Batch i is tokens i*n to i*n+n inclusive of the packed text, across shards, row groups and the epoch's end."""
+    packed = pack(tokenizer, corpus.train, epochs=3)
+    stream = train.token_stream(tokenizer, corpus.train, BATCH, docs_per_call=docs_per_call)
+    count = (len(packed) - 1) // BATCH
+    assert count > 40 and len(packed) // 3 % BATCH, "the epoch's end should fall inside a batch"
+    for i in range(count):
+        tokens, position = next(stream)
+        assert tokens.dtype == np.int32 and tokens.shape == (BATCH + 1,)
+        np.testing.assert_array_equal(tokens, packed[i * BATCH : (i + 1) * BATCH + 1], err_msg=f"batch {i}")
+        assert position["tokens"].dtype == np.int32 and position["tokens"][0] == tokens[-1]
+
+
+def test_a_document_that_spells_a_special_token_does_not_end(corpus, tokenizer):
+    """ "<|bos|>" in a document is text: the only bos ids in the stream are those that open documents."""
+    assert any("<|bos|>" in text for text in texts_of(corpus.train))
+    stream = train.token_stream(tokenizer, corpus.train, len(pack(tokenizer, corpus.train)) - 1)
+    tokens, _ = next(stream)
+    assert (tokens == tokenizer.token_to_id("<|bos|>")).sum() == len(texts_of(corpus.train))
+
+
+@pytest.mark.parametrize("docs_per_call", [3, 32])
+def test_the_stream_resumes_exactly_from_the_position_of_every_batch(corpus, tokenizer, docs_per_call):
+    """From the position after any batch of two epochs, JSON in between, a new stream gives the very same batches.
+
+    Its own positions may cut the stream elsewhere: documents are read in groups, counted from where it began.
+    """
+    make = functools.partial(train.token_stream, tokenizer, corpus.train, BATCH, docs_per_call=docs_per_call)
+    straight = list(itertools.islice(make(), 2 * len(pack(tokenizer, corpus.train)) // BATCH))
+    places = set()
+    for i, (_, position) in enumerate(straight[:-1]):
+        place = json.loads(json.dumps({k: v for k, v in position.items() if k != "tokens"}))
+        places.add(tuple(place.values()))
+        left = position["tokens"].tolist()
+        resumed = make(position={**place, "tokens": np.array(left, np.int32)})
+        for (tokens, _), (same, _) in zip(straight[i + 1 :], resumed, strict=False):
+            np.testing.assert_array_equal(tokens, same, err_msg=f"after batch {i}")
+    epochs = {place[0] for place in places}
+    assert epochs == {0, 1} and (docs_per_call == 32 or len({place[1:3] for place in places}) > 5)
+
+
+def test_batches_are_rows_and_y_is_x_one_token_later(corpus, tokenizer):
+    """x and y are int32 (total_batch_size, T); y continues x within a row, and the next row continues it again."""
+    config = tiny()
+    n = config.total_batch_size * config.seq_len
+    packed = pack(tokenizer, corpus.train, epochs=2)
+    batches = train.pretraining(config, corpus, tokenizer).batches(None)
+    for i, (batch, position) in enumerate(itertools.islice(batches, 30)):
+        assert list(batch) == ["x", "y"]
+        for a, start in ((batch["x"], i * n), (batch["y"], i * n + 1)):
+            assert a.dtype == np.int32 and a.shape == (6, 24)
+            np.testing.assert_array_equal(a.ravel(), packed[start : start + n])
+        assert set(position) == {"epoch", "shard", "row_group", "document", "tokens"}
+
+
+def test_a_corpus_of_too_few_tokens_is_one_line(corpus, tokenizer):
+    """A corpus shorter than one batch is refused at the first batch and not trained on over and over."""
+    total = len(pack(tokenizer, corpus.train))
+    with pytest.raises(UserError, match=f"{total:,} tokens") as caught:
+        next(train.token_stream(tokenizer, corpus.train, total))
+    assert is_one_line(caught.value) and f"{total:,}" in str(caught.value)
+    assert len(next(train.token_stream(tokenizer, corpus.train, total - 1))[0]) == total
+
+
+def test_an_empty_corpus_does_not_spin(tmp_path, tokenizer):
+    """Shards without documents end in a UserError and not in an endless loop over epochs."""
+    for i in range(2):
+        pq.write_table(pa.table({"text": pa.array(["", ""], pa.string())}), tmp_path / f"shard_{i}.parquet")
+    with pytest.raises(UserError, match="too few"):
+        next(train.token_stream(tokenizer, tuple(tmp_path.glob("*.parquet")), BATCH))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The held-out set
+
+
+def byte_lengths(tokenizer):
+    """Bytes per token id by GPT-2's published table (visible bytes stand for themselves, others for 256 and up)."""
+    visible = set(range(33, 127)) | set(range(161, 173)) | set(range(174, 256))
+    characters = {chr(b) for b in visible} | {chr(256 + i) for i in range(256 - len(visible))}
+    tokens = [tokenizer.id_to_token(i) for i in range(VOCAB)]
+    assert all(set(token) <= characters for token in tokens if not re.fullmatch(r"<\|\w+\|>", token))
+    return np.array([0 if re.fullmatch(r"<\|\w+\|>", token) else len(token) for token in tokens])
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_held_out_rows_and_their_gzip_figure(corpus, tokenizer, rows):
+    """The first eval_tokens held-out tokens, and gzip -9 of each document's bytes, the last one cut as they are."""
+    config = tiny(eval_tokens=rows * 24 + 23)  # what does not fill a row is left out
+    held_out = train.load_held_out(tokenizer, corpus, config)
+    n = rows * 24
+    packed = pack(tokenizer, corpus.val)
+    for a, start in ((held_out.x, 0), (held_out.y, 1)):
+        assert a.dtype == np.int32 and a.shape == (rows, 24)
+        np.testing.assert_array_equal(a.ravel(), packed[start : start + n])
+    compressed = raw = 0
+    size_left = int(byte_lengths(tokenizer)[packed[: n + 1]].sum())
+    for text in texts_of(corpus.val):
+        document = text.encode()[:size_left]
+        size_left -= len(document)
+        if document:
+            gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
+            compressed += len(gzip.compress(document) + gzip.flush())
+            raw += len(document)
+    assert held_out.gzip_bpb == pytest.approx(8 * compressed / raw, rel=1e-12)
+
+
+def test_more_eval_tokens_than_there_are_is_one_line(corpus, tokenizer):
+    """Too large an eval_tokens is refused with the field, its value and how many tokens there are; one less works."""
+    total = len(pack(tokenizer, corpus.val))
+    most = (total - 1) // 24 * 24
+    assert len(train.load_held_out(tokenizer, corpus, tiny(eval_tokens=most)).x) == most // 24
+    with pytest.raises(UserError, match="eval_tokens=") as caught:
+        train.load_held_out(tokenizer, corpus, tiny(eval_tokens=most + 24))
+    assert f"{total:,}" in str(caught.value) and is_one_line(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The score
+
+
+@pytest.fixture(scope="module")
+def reference_score(corpus, tokenizer):
+    """(nats per token, bits per byte) in float64 NumPy from forward's logits."""
+    tokens = pack(tokenizer, corpus.val)[: ROWS * 24 + 1]
+    y, sizes = tokens[1:], byte_lengths(tokenizer)
+    forward = jax.jit(functools.partial(train.forward, tiny()))
+    logits = np.asarray(forward(random_params(tiny()), tokens[:-1].reshape(ROWS, 24).astype(np.int32)), np.float64)
+    logits = logits.reshape(-1, VOCAB)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(y)), y]
+    assert (sizes[y] == 0).sum() > 3, "special tokens should be among the targets"
+    return losses.mean(), losses[sizes[y] > 0].sum() / math.log(2) / sizes[y].sum()
+
+
+@pytest.mark.parametrize("device_batch_size", [1, 3, 4, 16])
+def test_the_score_is_the_same_whatever_the_batch_size(corpus, tokenizer, reference_score, device_batch_size):
+    """Loss and bits per byte equal a float64 reference over the same fixed tokens, padding rows counting nothing."""
+    config = tiny(device_batch_size=device_batch_size, total_batch_size=device_batch_size * len(jax.devices()))
+    evaluate = train.pretraining(config, corpus, tokenizer).score(config, train.GPT, train.make_mesh())
+    score = evaluate(random_params(tiny()))
+    assert list(score) == ["val_loss", "val_bpb"]
+    np.testing.assert_allclose(list(score.values()), reference_score, rtol=1e-5)
