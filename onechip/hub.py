@@ -31,7 +31,7 @@ def repo_name(name):
 
 
 def choose_repo(hub_repo, name, ask_user):
-    """`hub_repo`, or `name` made valid where that is empty; of the account ask_user() where no owner is named.
+    """`hub_repo`, or a valid form of `name` where that is empty; of the account ask_user() where no owner is named.
 
     UserError for a hub_repo that the Hub does not take.
     """

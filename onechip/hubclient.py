@@ -59,7 +59,9 @@ def repeat_as_here(backoff):
             try:
                 response = next(responses)
             except Exception as error:
-                error.add_note(RETRIED)
+                # Some callers want an attempt without an answer to be the only one.
+                if status_of(error) or options.get("retry_on_exceptions") != ():
+                    error.add_note(RETRIED)
                 raise
             yield response
 
@@ -67,7 +69,7 @@ def repeat_as_here(backoff):
 
 
 def is_news(record):
-    """A filter of the client's log: an attempt that failed is none, as what comes of it is reported in one line."""
+    """A filter of the client's log: leaves out each failed attempt, as the outcome is reported in one line here."""
     text = record.getMessage()
     return "thrown while requesting" not in text and not text.startswith("Retrying in")
 

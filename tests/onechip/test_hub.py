@@ -25,7 +25,7 @@ from onechip.settings import Run
 
 REPO = "someone/onechip-x"
 TOKEN = "hf_loopback"
-CANARY = "hf_canaryNeverToBeSeen"
+CANARY = "hf_canary_Never_ToBeSeen"
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_weights_go_up_often_and_the_whole_state_now_and_then(hub, tmp_path, mon
     ids=lambda fault: f"{fault.path} {fault.status or 'broken'}",
 )
 def test_an_upload_is_tried_again(hub, tmp_path, capfd, fault):
-    """Errors, a rate limit, a stall and a cut: with growing pauses, until it is up; nothing is said, no bar drawn."""
+    """Errors, a rate limit, a stall and a cut: with growing pauses, until it is up; no line, no bar."""
     hub.faults = [dataclasses.replace(fault)]
     mirror = mirror_of(hub)
     path = offer(mirror, tmp_path, 1)
@@ -157,7 +157,7 @@ def test_a_failed_upload_is_reported_at_once_and_again_at_the_end(hub, tmp_path,
 
 
 def test_a_hub_that_comes_back_gets_what_it_missed(hub, tmp_path, capsys):
-    """A failed upload is due again at the next checkpoint, not an hour later, and a repository is made then."""
+    """A failed upload is due again at the next checkpoint, not an hour later, and a repository is created then."""
     hub.faults = [Fault("POST", "/repos/create", status=500, times=5)]
     mirror = mirror_of(hub)
     offer(mirror, tmp_path, 1)
