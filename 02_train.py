@@ -168,7 +168,8 @@ from onechip.errors import UserError, require, say, stop_here
 from onechip.export import export_weights, find_model, find_model_files, list_files, write_card
 from onechip.hub import open_mirror, upload_folder
 from onechip.machine import git_commit, give_back_machine, open_tensorboard, prepare, read_secret
-from onechip.session import Session
+from onechip.runfolder import TOKENIZER, RunFolder
+from onechip.session import Session, find_tokenizer
 from onechip.settings import check_fields, choose, setting
 from onechip.weights import Weight, cast_weights, constant, count_by_kind, draw_weights, normal, uniform, weight_shapes
 
@@ -1262,7 +1263,8 @@ class Task(NamedTuple):
     A batch is a dict of NumPy arrays (total_batch_size, ...), with an optional "mask" of the targets that count.
     loss(config, model, params, batch) -> the mean over a batch's targets. score(config, model, mesh) -> a function of
     params -> a dict of figures for metrics.jsonl, with "val_loss" among them. metric: the figure whose lowest value
-    marks the best checkpoint. origin: JSON that says what the data is; facts: more JSON for config.json.
+    marks the best checkpoint. origin: JSON that says what the data is; facts: more JSON for config.json; files:
+    {name: bytes} that the run keeps, such as its tokenizer.
     """
 
     batches: Callable
@@ -1271,6 +1273,7 @@ class Task(NamedTuple):
     metric: str = "val_loss"
     origin: dict = {}
     facts: dict = {}
+    files: dict = {}
 
 
 def pretraining(config, corpus, tokenizer):
@@ -1292,6 +1295,7 @@ def pretraining(config, corpus, tokenizer):
             "gzip_bits_per_byte": held_out.gzip_bpb,
             "dataset": tok.FINEWEB_REPO if corpus.name == "fineweb-edu" else "",
         },
+        files={TOKENIZER: tokenizer.to_str(pretty=True).encode()},
     )
 
 
@@ -1335,12 +1339,14 @@ class Result(NamedTuple):
 
 
 def train(
-    config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sample=None, on_log=None, mirror=None, notes=None
-):
+    config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sample=None, accept=(), on_log=None, mirror=None,
+    notes=None,
+):  # fmt: skip
     """Trains from the newest checkpoint in `run_dir`, or from the seed, to config.num_iterations; returns a Result.
 
-    sample(params) -> [(prompt, continuation)]; on_log(row) gets every row of metrics.jsonl as a dict; mirror, a
-    onechip.hub.HubMirror, keeps checkpoints elsewhere; notes, JSON such as a wandb run's id, travel in them.
+    sample(params) -> [(prompt, continuation)]; accept: ("data",) resumes with text of another revision; on_log(row)
+    gets every row of metrics.jsonl as a dict; mirror, a onechip.hub.HubMirror, keeps checkpoints elsewhere; notes, JSON
+    such as a wandb run's id, travel in them.
     KeyboardInterrupt and SIGTERM save what was reached and return it. UserError: bad input, or a loss that is not
     finite.
     """
@@ -1348,11 +1354,12 @@ def train(
     train_step = make_train_step(config, mesh, model, optimizer, task.loss)
     score, write = task.score(config, model, mesh), sample or (lambda params: [])
     origin = {"model": model.name, "optimizer": optimizer.name, **task.origin, **describe_machine(mesh)}
-    with Session(run_dir, config, origin, metric=task.metric, mirror=mirror, notes=notes, on_log=on_log) as run:
+    options = {"metric": task.metric, "accept": accept, "mirror": mirror, "notes": notes, "on_log": on_log}
+    with Session(run_dir, config, origin, **options) as run:
         state = run.restore(state_shapes(config, mesh, model, optimizer)) or init_state(config, mesh, model, optimizer)
         place = functools.partial(jax.device_put, device=sharding_of(mesh, "B"))
         peak_rate = fit.peak_rate(workload(mesh, model, optimizer), config)
-        run.begin(state, task.batches, place, peak_rate=peak_rate, facts=task.facts)
+        run.begin(state, task.batches, place, peak_rate=peak_rate, facts=task.facts, files=task.files)
         with run.saving():
             while run.continues():
                 if run.due("save"):
@@ -1493,12 +1500,18 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
     """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer, mirror)."""
     mirror = open_mirror(run, hub_token)
     corpus = tok.get_corpus(run.data, run.num_shards)
-    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
+    folder = RunFolder(Path(run.out) / run.name)
+    kept = find_tokenizer(folder, mirror)  # a run keeps the one it began with: its ids are what the model has learned
+    tokenizer = tok.load_tokenizer(kept) if kept else tok.get_tokenizer(corpus, config.vocab_size)
     task = pretraining(config, corpus, tokenizer)
-    sample = make_sample_writer(config, tokenizer, PROMPTS.get(corpus.name, PROMPTS["default"]), model)
-    run_dir = Path(run.out) / run.name
-    result = train(config, task, run_dir, model=model, optimizer=optimizer, sample=sample, mirror=mirror)
-    return result, tokenizer, mirror
+    options = {
+        "model": model,
+        "optimizer": optimizer,
+        "sample": make_sample_writer(config, tokenizer, PROMPTS.get(corpus.name, PROMPTS["default"]), model),
+        "accept": ("data",) if run.other_data else (),
+        "mirror": mirror,
+    }
+    return train(config, task, folder.path, **options), tokenizer, mirror
 
 
 # %%

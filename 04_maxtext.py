@@ -106,11 +106,11 @@ from onechip.card import describe_result
 from onechip.checkpoints import flatten
 from onechip.chips import topology_devices
 from onechip.errors import require, say
-from onechip.export import FOREIGN_ABOUT, FOREIGN_WEIGHTS, copy_into, list_files, write_card
+from onechip.export import FOREIGN_WEIGHTS, copy_into, list_files, write_card
 from onechip.files import atomic_write, write_json
 from onechip.hub import upload_folder
 from onechip.machine import open_tensorboard, prepare, read_secret
-from onechip.runfolder import RunFolder
+from onechip.runfolder import ABOUT, RunFolder
 from onechip.settings import Run, change_default, choose, setting
 from onechip.tables import table
 from onechip.weights import Weight, draw_weights, normal, uniform
@@ -477,7 +477,7 @@ def export_qwen3(config, result, tokenizer, source=""):
     with atomic_write(run.model / FOREIGN_WEIGHTS) as part:
         save_file(qwen3_weights(config, jax.device_get(result.params)), part, metadata={"format": "pt"})
     write_json(run.model / "config.json", qwen3_config(config, bos))
-    write_json(run.model / FOREIGN_ABOUT, run.read_config())
+    write_json(run.model / ABOUT, run.read_config())
     write_json(run.model / "generation_config.json", {"bos_token_id": bos, "eos_token_id": bos})
     write_tokenizer(run.model, config, tokenizer)
     notes = QWEN3.format(dtype=config.dtype)

@@ -222,29 +222,6 @@ def clear_leftovers(folder):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def fixed_fields(config_class):
-    """Names of the fields that a run keeps from its first step to its last."""
-    return [field.name for field in dataclasses.fields(config_class) if field.metadata.get("fixed")]
-
-
-def compare_with_checkpoint(path, config, origin):
-    """Prints what has changed since the checkpoint was written; UserError for a field that may not change.
-
-    origin: what else the run depends on, a dict that JSON can hold: data, tokenizer, commit, versions, device.
-    """
-    before, now = read_json(Path(path) / CONFIG), dataclasses.asdict(config)
-    fixed = fixed_fields(config)
-    for name in (name for name in now if now[name] != before.get(name)):
-        remedy = f"{path} was trained with {before.get(name)!r}; set that, or give the new run another name"
-        require(name not in fixed, name, now[name], remedy)
-        say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
-    made_from = read_json(Path(path) / STATE).get("made_from")
-    origin_before = made_from if isinstance(made_from, dict) else {}
-    for name, value in origin.items():
-        if value != origin_before.get(name):
-            say(f"changed: {name} is {value}, was {origin_before.get(name)} up to here")
-
-
 class CheckpointWriter:
     """Writes the checkpoints of one run in a thread, and keeps the last `keep` and the best.
 

@@ -16,10 +16,9 @@ from onechip.checkpoints import newest_checkpoint
 from onechip.errors import UserError, first_line, require
 from onechip.files import atomic_write, read_json
 from onechip.hub import load_hub, try_again
-from onechip.runfolder import CONFIG, PARAMS, RunFolder
+from onechip.runfolder import ABOUT, CONFIG, PARAMS, STATE, TOKENIZER, RunFolder
 
 FOREIGN_WEIGHTS = "model.safetensors"  # in an export that another library reads
-FOREIGN_ABOUT = "onechip.json"  # what config.json says elsewhere, in an export whose config.json another library reads
 
 
 class ModelFiles(NamedTuple):
@@ -60,14 +59,14 @@ def find_model_files(source):
         fetch = lambda: load_hub().snapshot_download(source, ignore_patterns="checkpoints/*")
         folder = Path(try_again(fetch, f"{source}: no folder, and cannot be downloaded"))
     run, weights = folder, newest_checkpoint(RunFolder(folder).checkpoints)
-    if (folder / "state.json").exists():  # a checkpoint: the rest is in its run's folder
+    if (folder / STATE).exists():  # a checkpoint: the rest is in its run's folder
         run, weights = folder.parent.parent, folder
-    config = first_of(run / FOREIGN_ABOUT, run / CONFIG)
     newest = weights or folder
+    config = first_of(newest / ABOUT, run / CONFIG)
     files = {
         "config": config,
         "weights": first_of(newest / PARAMS, folder / FOREIGN_WEIGHTS),
-        "tokenizer": first_of(*(place / "tokenizer.json" for place in (newest, run, run / "model"))),
+        "tokenizer": first_of(*(place / TOKENIZER for place in (newest, run, run / "model"))),
     }
     for what, found in files.items():
         require(found, "model", str(source), f"has no {what}: is it a run's folder, and has training begun?")

@@ -7,6 +7,8 @@ from onechip.files import read_json
 
 CONFIG = "config.json"  # in a run: settings and origin; in a checkpoint: the settings alone
 METRICS = "metrics.jsonl"
+TOKENIZER = "tokenizer.json"  # of a run and of its checkpoints, which keep the one that they began with
+ABOUT = "onechip.json"  # what a run's config.json says, in a checkpoint and in an export for another library
 
 # The other files of a checkpoint.
 PARAMS, OPT, STREAM = "params.safetensors", "opt.safetensors", "stream.safetensors"
@@ -46,6 +48,11 @@ class RunFolder:
     def metrics(self):
         """One JSON object a line: a step's loss and speed, or an evaluation's scores."""
         return self.path / METRICS
+
+    @property
+    def tokenizer(self):
+        """The tokenizer that the run began with."""
+        return self.path / TOKENIZER
 
     @property
     def picture(self):

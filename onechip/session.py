@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,59 @@ import jax.numpy as jnp
 from onechip.checkpoints import (
     CheckpointWriter,
     clear_leftovers,
-    compare_with_checkpoint,
     newest_checkpoint,
     pack_state,
     unpack_state,
     write_checkpoint,
 )
-from onechip.errors import NonFiniteLoss, say
-from onechip.files import write_json
+from onechip.errors import NonFiniteLoss, require, say
+from onechip.files import atomic_write, read_json, write_json
 from onechip.loader import PrefetchDataLoader
 from onechip.machine import deferred_interrupt
 from onechip.plots import plot_losses, show_picture
 from onechip.profile import ProfileWindow
-from onechip.runfolder import RunFolder
+from onechip.runfolder import ABOUT, CONFIG, METRICS, STATE, TOKENIZER, RunFolder
 from onechip.runlog import RunLog
+from onechip.settings import fixed_fields
+
+KEPT_ORIGIN = ("model", "optimizer", "tokenizer_sha256", "data")  # what a run keeps besides its fixed fields
+
+
+def compare_with_checkpoint(path, config, origin, accept=()):
+    """Prints what has changed since the checkpoint was written; UserError for what may not change.
+
+    origin: what else the run depends on, a dict that JSON can hold: model, optimizer, data, tokenizer, commit,
+    versions, device. accept: names in it that may change although a run keeps them.
+    """
+    before, now = read_json(Path(path) / CONFIG), dataclasses.asdict(config)
+    fixed = fixed_fields(config)
+    for name in (name for name in now if now[name] != before.get(name)):
+        remedy = f"{path} was trained with {before.get(name)!r}; set that, or give the new run another name"
+        require(name not in fixed, name, now[name], remedy)
+        say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
+    made_from = read_json(Path(path) / STATE).get("made_from")
+    origin_before = made_from if isinstance(made_from, dict) else {}
+    for name, value in origin.items():
+        was = origin_before.get(name)
+        unnamed = name in ("model", "optimizer") and was is None  # before 2026-11-21
+        if value == was or unnamed:
+            continue
+        kept = name in KEPT_ORIGIN and was is not None and name not in accept
+        if name == "data" and kept:
+            kept = any(value[key] != was.get(key) for key in ("name", "revision"))  # more shards are no other text
+        way_out = " or set --other_data true" if name == "data" else ""
+        remedy = f"{path} was trained with {was!r}; use that, give the new run another name{way_out}"
+        require(not kept, name, value, remedy)
+        say(f"changed: {name} is {value}, was {was} up to here")
+
+
+def find_tokenizer(folder, mirror=None):
+    """The tokenizer file of the run in a RunFolder, its checkpoints brought from the Hub first; None if it has none."""
+    if mirror:
+        mirror.restore(folder.checkpoints)
+    newest = newest_checkpoint(folder.checkpoints)
+    places = ([newest / TOKENIZER] if newest else []) + [folder.tokenizer]
+    return next((path for path in places if path.exists()), None)
 
 
 @jax.jit
@@ -40,14 +80,14 @@ class Session:
     `with` block ends every thread; the last checkpoint is then written, and on the Hub if there is a mirror.
     """
 
-    def __init__(self, folder, config, origin, *, metric="val_bpb", mirror=None, notes=None, on_log=None):
+    def __init__(self, folder, config, origin, *, metric="val_loss", accept=(), mirror=None, notes=None, on_log=None):
         """origin: what the run is made from, as JSON; metric: the score whose lowest value marks the best checkpoint.
 
-        on_log(row) gets every row of metrics.jsonl as a dict; mirror is a HubMirror; notes, JSON, travel in the
-        checkpoints.
+        accept: what of the origin may differ from the checkpoint's; on_log(row) gets every row of metrics.jsonl as a
+        dict; mirror is a HubMirror; notes, JSON, travel in the checkpoints.
         """
         self.config, self.folder, self.origin, self.metric = config, RunFolder(folder), origin, metric
-        self.mirror, self.on_log = mirror, on_log
+        self.accept, self.mirror, self.on_log = accept, mirror, on_log
         self.state, self.position, self.rows = None, None, []
         self.scores, self.samples = {}, []
         self._record = {"best_step": None, "best_score": None, "notes": notes}
@@ -74,22 +114,24 @@ class Session:
         path = newest_checkpoint(self.folder.checkpoints)
         if path is None:
             return None
-        compare_with_checkpoint(path, self.config, self.origin)  # first: it names the field, not an array's shape
+        # First: it names the field, not an array's shape.
+        compare_with_checkpoint(path, self.config, self.origin, self.accept)
         state, self.position, record = unpack_state(path, like)
         # Checkpoints written before 2026-11-21 have the second names.
         score = record.get("best_score", record.get("best_val_bpb"))
         notes = self._record["notes"] or record.get("notes", record.get("remember"))
         self._record = {"best_step": record.get("best_step"), "best_score": score, "notes": notes}
-        self.rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        self.rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
         step = int(state["step"])
         say(f"resuming: {self.folder.path} continues after step {step:,} of {self.config.num_iterations:,}")
         return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
 
-    def begin(self, state, batches, place, *, peak_rate=None, facts=None):
+    def begin(self, state, batches, place, *, peak_rate=None, facts=None, files=None):
         """Opens what training needs: log, profile, writer, loader. Nothing of the run is written before this.
 
         batches(position) yields (batch, position after it); place puts a batch on the device. peak_rate: tokens/s at
-        the devices' peak FLOP/s, for MFU; facts: more JSON for config.json.
+        the devices' peak FLOP/s, for MFU; facts: more JSON for config.json; files: {name: bytes} that the run's folder
+        and every checkpoint hold.
         """
         config, folder = self.config, self.folder
         self.state, self.step = state, int(state["step"])
@@ -97,6 +139,10 @@ class Session:
         self._saved_at = time.monotonic()
         about = {"config": dataclasses.asdict(config), **self.origin, **(facts or {})}
         write_json(folder.config, about)
+        for name, content in (files or {}).items():
+            with atomic_write(folder.path / name) as part:
+                part.write_bytes(content)
+        self._files = {**(files or {}), ABOUT: json.dumps(about, indent=2).encode()}
         self._gzip_bpb = about.get("gzip_bits_per_byte")
         if self.mirror:
             self._closing.callback(self.mirror.finish)
@@ -157,7 +203,7 @@ class Session:
 
     def _pack(self):
         record = {**self._record, "made_from": self.origin}
-        return pack_state(self.state, self.position, record, self.config, self.log.text())
+        return {**pack_state(self.state, self.position, record, self.config, self.log.text()), **self._files}
 
     def record(self, scores):
         """Logs the scores of an evaluation, {"val_loss": ..., ...}, and redraws loss.png."""

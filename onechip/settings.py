@@ -79,6 +79,11 @@ def change_default(config_class, name, default):
     return dataclasses.field(default=default, metadata=field.metadata)
 
 
+def fixed_fields(config_class):
+    """Names of the fields that a run keeps from its first step to its last."""
+    return [field.name for field in dataclasses.fields(config_class) if field.metadata.get("fixed")]
+
+
 def check_fields(config):
     """Raises UserError for the first field of a dataclass that is not of its type or breaks its rule."""
     for field in dataclasses.fields(config):
@@ -178,6 +183,7 @@ class Run:
     data: str = setting("", "offline, fineweb, or a folder of parquet shards; empty: offline for laptop, else fineweb")
     num_shards: int = setting(0, "FineWeb-Edu shards to train on, 50M tokens each; 0: as many as needed", at_least=0)
     name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")
+    other_data: bool = setting(False, "resume a run although its data is of another revision")
     out: str = setting("runs", "folder for the runs")
     preflight: str = setting("", 'only report what a step needs, "here" or on a TPU not attached: "v6e:1x1", "v5e:2x2"')
     hub_repo: str = setting("", "Hub repository to upload to, if there is a token; empty: <you>/onechip-<name>")

@@ -24,7 +24,6 @@ from onechip import checkpoints, files
 from onechip.checkpoints import (
     CheckpointWriter,
     clear_leftovers,
-    compare_with_checkpoint,
     find_damage,
     flatten,
     newest_checkpoint,
@@ -35,6 +34,7 @@ from onechip.checkpoints import (
 )
 from onechip.errors import UserError
 from onechip.files import hash_file
+from onechip.session import compare_with_checkpoint
 from onechip.settings import setting
 
 
