@@ -1,4 +1,4 @@
-"""onechip/checkpoints.py: the whole state, written completely or not at all, verified, and only our own files touched."""
+"""onechip/checkpoints.py: the whole state, complete or not there, verified; only our own files are touched."""
 
 import contextlib
 import dataclasses

@@ -19,6 +19,7 @@ from onechip.errors import (
     report_in_one_line,
     require,
     say,
+    stop_here,
 )
 
 
@@ -63,6 +64,13 @@ def test_the_first_line_of_an_error_is_short_and_never_empty():
     """Some libraries' messages are pages, others have none."""
     assert first_line(ValueError("one\ntwo")) == "one" and first_line(ValueError("\n one\n")) == "one"
     assert first_line(ValueError()) == "ValueError" and len(first_line(ValueError("x" * 999))) == 200
+
+
+def test_what_is_done_ends_without_an_error():
+    """A script ends with status 0; a notebook, which asks the exception for its traceback, shows none."""
+    with pytest.raises(SystemExit) as ended:
+        stop_here()
+    assert not ended.value.code and ended.value._render_traceback_() == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from fakes import pretend_notebook
 
 from onechip.errors import UserError
-from onechip.settings import Run, check_fields, choose, name_run, parse_settings, setting, settle
+from onechip.settings import Run, change_default, check_fields, choose, name_run, parse_settings, setting, settle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,23 @@ def test_the_first_wrong_field_is_named_and_a_plain_field_is_checked_for_its_typ
     for fields, name in ((dict(a=0, b="x"), "a=0"), (dict(b="x"), "b='x'")):
         with pytest.raises(UserError, match=f"^{name}: "):
             Derived(**fields)
+
+
+def test_a_derived_class_may_change_a_default_alone():
+    """The help, the rule and whether it is fixed stay: repeated by hand, one of them would be forgotten."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Base:
+        x: float = setting(15.0, "a bound", fixed=True, at_least=0, at_most=60)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Derived(Base):
+        x: float = change_default(Base, "x", 0.0)
+
+    (base,), (derived,) = dataclasses.fields(Base), dataclasses.fields(Derived)
+    assert (Base().x, Derived().x) == (15.0, 0.0) and base.metadata == derived.metadata
+    with pytest.raises(UserError, match=r"^x=61.0: must lie in \[0, 60\]"):
+        check_fields(Derived(x=61.0))
 
 
 def test_a_run_refuses_what_cannot_be():
