@@ -4,9 +4,9 @@
     uv run bench/v6e.py time memory         some of them: time, memory, batch, family
     uv run bench/v6e.py micro [04_maxtext]  estimates for 1, 2, 4, 8 and 16 sequences a microbatch, 64 in all
 
-The baseline is the design of vorushin/tpuchat (https://github.com/vorushin/tpuchat), where this project comes from:
-einsum attention with T x T scores, autodiff throughout (so that ReLU squared keeps its mask and the logits are kept in
-float32), nothing donated, 4 x 2048 tokens. Times are the compiler's own estimates, not measurements
+The baseline is the design that vorushin/tpuchat (https://github.com/vorushin/tpuchat), the ancestor of this project,
+started from: einsum attention with T x T scores, autodiff throughout (so that ReLU squared keeps its mask and the
+logits are kept in float32), nothing donated, 4 x 2048 tokens. Times are the compiler's own estimates, not measurements
 (onechip/estimate.py); bytes are what the chip will use.
 """
 
@@ -28,8 +28,8 @@ from onechip.fit import compare_microbatches, describe_time, largest_that_fits, 
 from onechip.weights import cast_weights
 
 DEFAULT = train.Config()
-# The fastest published program of the family on one v6e, vorushin/tpuchat's (https://github.com/vorushin/tpuchat): 364
-# by the same estimate. Its author measured 435 to 452 thousand tokens a second on a chip, 290 to 302 ms a step.
+# tpuchat's SwiGLU program on one v6e, 16 x (4 x 2048), by the same estimate. Measured there: 302, later 290 ms. Its
+# notes also have 275 ms for a variant of it, of which there is no estimate.
 PUBLISHED_FAMILY_MS = 364
 
 
