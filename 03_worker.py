@@ -18,15 +18,17 @@
 
 # %% [markdown]
 # [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/onechip/onechip/blob/main/notebooks/03_worker.ipynb)
-# # Sweep on as many Colabs as you have, and on none
+# # 03: sweep on one machine, or on several Colabs
 #
-# A sweep tries settings of 02's trainer, learns from each trial which to try next, and stops the hopeless ones early.
-# **To sweep a changed model**, push your change to a branch and set `REF` in the cell below to it: every worker then
-# runs that very commit, and one that does not says so and stops. **What it costs** in chip hours is the estimated time
-# of a step times the steps of a trial times the number of trials, printed before the first one starts: at the 0.51 s
-# that the compiler estimates for a step of 131,072 tokens, 30 trials of 1,000 steps are 4.3 hours of one v6e, less what
-# is stopped early. **To stop a worker**, use the stop button or Ctrl-C: its trial is saved and handed out again; to
-# stop the whole sweep, use the sweep's page in wandb, or just start no worker.
+# A sweep tries settings of 02's trainer, learns from each trial which one to try next, and stops hopeless ones early.
+#
+# - **To sweep a changed model**, push your change to a branch and set `REF` in the cell below to it. Every worker then
+#   runs that commit; one with another commit says so and stops.
+# - **What it costs** in chip hours is printed before the first trial: the estimated time of a step, times the steps of
+#   a trial, times the number of trials. The compiler estimates 0.51 s for a step of 131,072 tokens, so 30 trials of
+#   1,000 steps take 4.3 hours of one v6e, less what is stopped early.
+# - **To stop a worker**, use the stop button or Ctrl-C: its trial is saved and handed out again. To stop the whole
+#   sweep, use its page in wandb, or start no more workers.
 #
 # | where | needs | trials | time | cost |
 # |---|---|---|---|---|
@@ -89,10 +91,40 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
     open_notebook(REPOSITORY, REF)
 
 # %% [markdown]
+# ## What a sweep does
+#
+# It tries several settings, spends little on each, and continues only with the better ones. Below, eight learning rates
+# are tried on a toy: gradient descent on a bowl with steep and flat directions. After 2, 4 and 8 steps the worse half
+# is stopped, so most of the work goes to the good ones. Hyperband, which stops trials further down, works like this.
+
+# %%
+import numpy as np
+
+
+def halve_toy(rates=(0.003, 0.01, 0.03, 0.1, 0.15, 0.18, 0.21, 0.3)):
+    """Tries learning rates on a quadratic, and three times prints the best and stops the worse half."""
+    curvatures = np.array([10.0, 3.0, 1.0])
+    trials = {rate: np.ones(3) for rate in rates}
+    for steps in (2, 2, 4):
+        for rate in trials:
+            for _ in range(steps):
+                trials[rate] = trials[rate] - rate * curvatures * trials[rate]
+        losses = {rate: curvatures @ weights**2 / 2 for rate, weights in trials.items()}
+        best, *ranked = sorted(losses, key=losses.get)
+        stopped = ranked[len(losses) // 2 - 1 :]
+        print(f"{len(losses)} trials, {steps} steps more: best is {best}, loss {losses[best]:.2g}; stopped: {stopped}")
+        trials = {rate: trials[rate] for rate in trials if rate not in stopped}
+
+
+if __name__ == "__main__":
+    halve_toy()
+
+# %% [markdown]
 # ## Setup
 #
-# The trainer is 02's, imported, so a sweep's winner is what 02 trains. wandb and `sweeps`, its search algorithms as
-# plain functions, are imported where they are used: without an account only `sweeps` is needed.
+# The trainer is 02's, imported, so a sweep's winner is what 02 trains. Two more packages are imported where they are
+# used: `wandb`, and `sweeps`, which holds wandb's search algorithms as plain functions. Without an account only
+# `sweeps` is needed.
 
 # %%
 import _thread
@@ -109,9 +141,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import socket
-import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -121,41 +152,55 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
-from onechip.errors import UserError, first_line, print_one_line_errors, require, say
-from onechip.files import atomic_write
-from onechip.machine import deferred_interrupt, git_commit, in_notebook, keep_compiled, keep_freed_memory, read_secret
-from onechip.settings import Run, count_tokens, parse_settings, setting, settle
+from onechip.errors import UserError, first_line, report_in_one_line, require, say
+from onechip.files import atomic_write, read_json, read_json_lines, write_json
+from onechip.fit import DoesNotFit
+from onechip.machine import deferred_interrupt, git_commit, prepare, read_secret
+from onechip.plots import show_picture
+from onechip.runfolder import RunFolder
+from onechip.settings import Run, check_fields, count_tokens, parse_settings, setting, settle
+from onechip.tables import table
 
 train = importlib.import_module("02_train")
 tok = importlib.import_module("01_tokenizer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Worker:
-    """What this worker does, and, where it makes the sweep, what the sweep is."""
+class Settings:
+    """What this worker does and, if it creates the sweep, what the sweep is."""
 
-    where: str = setting("", "wandb or local; empty: wandb where there is a key and the preset is not laptop")
+    where: str = setting("", "wandb or local; empty: wandb if there is a key and the preset is not laptop")
     sweep: str = setting("", "id of a wandb sweep to join, [entity/project/]id; empty: the one of these settings")
-    count: int = setting(0, "trials that this worker runs; 0: until the sweep is over")
-    run_cap: int = setting(0, "trials of the whole sweep; 0: 6 for the laptop preset, else 30")
-    budget: str = setting("tokens", "what every trial gets the same of: tokens or flops")
-    evaluations: int = setting(5, "evaluations in a trial, evenly spaced: the points at which it can be stopped early")
-    method: str = setting("bayes", "bayes, random or grid")
+    count: int = setting(0, "trials that this worker runs; 0: until the sweep is over", at_least=0)
+    run_cap: int = setting(0, "trials of the whole sweep; 0: 6 for the laptop preset, else 30", at_least=0)
+    budget: str = setting("tokens", "what every trial gets the same amount of", choices=("tokens", "flops"))
+    evaluations: int = setting(
+        5, "evaluations in a trial, evenly spaced: the points at which it can be stopped early", at_least=1
+    )
+    method: str = setting("bayes", "how the next trial is chosen", choices=("bayes", "random", "grid"))
     project: str = setting("onechip", "wandb project")
-    any_version: bool = setting(False, "go on although commit or data are not those that the sweep was made with")
-    give_up: int = setting(12, "failed trials in a row that end a worker; 0: none do")
-    lease: float = setting(60.0, "local: seconds without a sign of life after which a trial is handed out again")
+    any_version: bool = setting(False, "run even if commit or data differ from those of the sweep")
+    give_up: int = setting(12, "failed trials in a row that end a worker; 0: no number does", at_least=0)
+    lease: float = setting(
+        60.0, "local: seconds without a sign of life after which a trial is handed out again", above=0
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        require(self.where in ("", "wandb", "local"), "where", self.where, "use wandb or local")
 
 
 # %% [markdown]
 # ## What is swept
 #
-# A sweep is one dictionary in wandb's format, whoever hands the trials out. `SPACE` names `Config` fields, the rest of
-# a `Config` stands beside them as constants, and so do commit and data: who joins needs nothing but the sweep. What
-# follows from a field is not swept: `n_head` brings width and depth along. A misspelt name, a bound that no `Config`
-# takes or two values that do not go together are told when the sweep is made, not by its 17th trial.
+# A sweep is one dictionary in wandb's format, whether wandb or a folder hands out the trials.
+#
+# - `SPACE` names the `Config` fields to sweep. All other fields are in the dictionary as constants, and so are commit
+#   and data: to join, a worker needs nothing but the sweep.
+# - What follows from another field is not swept: `n_head` sets width and depth.
+# - A misspelt name, a bound that `Config` refuses, or two values that do not go together are reported when the sweep is
+#   created, not by its 17th trial.
 
 # %%
 SPACE = {
@@ -176,7 +221,7 @@ SPACES = {
         "device_batch_size": {"values": [4, 8]},
     },
 }
-# A trial is a short run: what it tells is which setting learns faster, not how good a long run gets.
+# A trial is a short run: it shows which setting learns faster, not how good a long run gets.
 TRIALS = {
     "chip": train.PRESETS["chip"] | {"num_iterations": 1000},
     "gpu": train.PRESETS["gpu"] | {"num_iterations": 1000},
@@ -188,32 +233,32 @@ DERIVED = ("num_iterations", "eval_every", "sample_every", "save_every", "keep")
 
 
 def make_sweep(settings, run, config, space, corpus):
-    """The sweep as a dictionary in wandb's format: `space` over the fields of `config`, which are constants else."""
+    """The sweep as a dictionary in wandb's format: `space` is swept, the other fields of `config` are constants."""
     fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in DERIVED}
     fixed["n_kv_head"] = 0 if config.n_kv_head == config.n_head else config.n_kv_head  # so that n_head can be swept
     tokens = count_tokens(config)
     size = tokens if settings.budget == "tokens" else tokens * train.flops_per_token(config)
     data = run.data if run.data in ("offline", "fineweb") else ""  # a folder's path is each worker's own
     origin = (git_commit() or "", data, corpus.name, corpus.revision, run.num_shards)
-    constants = fixed | dict(zip(ORIGIN, (*origin, settings.budget, size, settings.evaluations), strict=True))
+    values = fixed | dict(zip(ORIGIN, (*origin, settings.budget, size, settings.evaluations), strict=True))
     sweep = {
         "method": settings.method,
         "metric": {"name": METRIC, "goal": "minimize"},
         "early_terminate": {"type": "hyperband", "min_iter": max(1, settings.evaluations // 4), "eta": 2},
         "run_cap": settings.run_cap or (6 if run.preset == "laptop" else 30),
-        "parameters": {**{name: {"value": value} for name, value in constants.items()}, **space},
+        "parameters": {**{name: {"value": value} for name, value in values.items()}, **space},
     }
     digest = hashlib.sha256(json.dumps(sweep, sort_keys=True).encode()).hexdigest()[:6]
     return {"name": run.name or f"sweep-{run.preset}-{corpus.name}-{digest}", **sweep}
 
 
-def swept(sweep):
-    """The swept parameters of a sweep, without its constants."""
+def swept_fields(sweep):
+    """{name: its range or values} of the swept parameters, without the constants."""
     return {name: spec for name, spec in sweep["parameters"].items() if "value" not in spec}
 
 
 def constants(sweep):
-    """The constants of a sweep, by name."""
+    """{name: value} of the constants of a sweep."""
     return {name: spec["value"] for name, spec in sweep["parameters"].items() if "value" in spec}
 
 
@@ -231,9 +276,9 @@ def extremes(name, spec):
 
 
 def check_sweep(sweep):
-    """Builds the Config of every combination of extremes and returns them; UserError for the first that cannot be."""
+    """The Config of every combination of extremes, at most 4096; UserError for the first that cannot be built."""
     fields = [field.name for field in dataclasses.fields(train.Config)]
-    space = swept(sweep)
+    space = swept_fields(sweep)
     require(space, "space", space, "name at least one Config field to sweep")
     for name in space:
         near = difflib.get_close_matches(name, fields, n=1)
@@ -245,21 +290,30 @@ def check_sweep(sweep):
     return [trial_config(constants(sweep) | combination) for combination in combinations]
 
 
+if __name__ == "__main__":
+    count = math.prod(len(extremes(name, spec)) for name, spec in SPACES["laptop"].items())
+    print(f"the laptop's space: {', '.join(SPACES['laptop'])}; {count} combinations of extremes are checked")
+    try:
+        extremes("learning_rate", {"min": 1e-2, "max": 1e-3})
+    except UserError as error:
+        print(f"refused: {error}")
+
 # %% [markdown]
 # ## Comparable trials
 #
-# Trials of one sweep get the same number of tokens, or, if you choose `--budget flops`, the same number of FLOPs: then
-# a smaller model sees more tokens, which is the question that a choice of size really asks. All are scored on the same
-# held-out tokens, at the same shares of their run: five evaluations by default, whatever the number of steps. The score
-# is reported there and nowhere else, because Hyperband counts reports: the second of one trial must mean what the
-# second of another does.
+# - **Equal cost**: trials of one sweep get the same number of tokens, or with `--budget flops` the same number of
+#   FLOPs. Then a smaller model sees more tokens, which is what a choice of size is really about.
+# - **Equal score**: all are evaluated on the same held-out tokens.
+# - **Equal moments**: after the same shares of their run, five by default, whatever the number of steps. The score is
+#   reported there and nowhere else, because Hyperband counts reports: the second report of one trial must mean what the
+#   second of another does.
 
 
 # %%
 def trial_config(parameters):
     """The Config of a trial: its steps follow from the budget, rounded so that the evaluations are evenly spaced."""
     kinds = {field.name: field.type for field in dataclasses.fields(train.Config) if field.name not in DERIVED}
-    values = {name: plain(parameters[name], kind) for name, kind in kinds.items()}
+    values = {name: plain_value(parameters[name], kind) for name, kind in kinds.items()}
     count = int(parameters["evaluations"])
     require(count > 0, "evaluations", count, "must be a positive integer")
     require(parameters["budget"] in ("tokens", "flops"), "budget", parameters["budget"], "use tokens or flops")
@@ -271,90 +325,101 @@ def trial_config(parameters):
     return dataclasses.replace(config, **derived)
 
 
-def plain(value, kind):
+def plain_value(value, kind):
     """A parameter as a Config field takes it: no NumPy scalar, and no 0 where 0.0 is meant."""
     value = value.item() if isinstance(value, np.generic) else value
     return float(value) if kind is float and isinstance(value, int) and not isinstance(value, bool) else value
 
 
+if __name__ == "__main__":
+    given = train.PRESETS["laptop"] | {"budget": "flops", "budget_size": 1e13, "evaluations": 5}
+    given = dataclasses.asdict(train.Config(**train.PRESETS["laptop"])) | given
+    lengths = {heads: trial_config(given | {"n_head": heads, "n_kv_head": 0}).num_iterations for heads in (2, 3, 4)}
+    print("steps of equal FLOPs:", ", ".join(f"{steps} with {heads} heads" for heads, steps in lengths.items()))
+
 # %% [markdown]
 # ## One trial
 #
-# A configuration may not compile, not fit, or lose its mind halfway: that must cost its own time and nothing else. Each
-# trial runs in a thread of its own, and what it raises leaves that thread as text: a traceback keeps every frame of the
-# failed trial alive, parameters and moments included, and the next ten trials would run out of memory for it. The
-# other thread only waits, so that whatever ends a trial early (Ctrl-C, or the exception that wandb's agent throws into
-# its thread) hits a wait, never the middle of a step; the trial is told and ends at its next line of metrics.
+# A configuration may not compile, not fit, or diverge halfway. That must cost its own time and nothing else.
+#
+# - Each trial runs in a thread of its own, and an error leaves that thread as text. A traceback would keep every frame
+#   of the failed trial alive, with parameters and moments, and later trials would run out of memory.
+# - The other thread only waits. Whatever ends a trial early, Ctrl-C or the exception that wandb's agent throws into its
+#   thread, interrupts this wait and never the middle of a step. The trial then ends at its next line of metrics.
 
 
 # %%
 class Outcome(NamedTuple):
-    """How a trial ended: finished, stopped (early), failed, interrupted (to be handed out again) or lost; and why."""
+    """How a trial ended, and why: finished, stopped (early), failed, interrupted (to be handed out again) or lost."""
 
     state: str
     reason: str = ""
 
 
 class EndTrial(Exception):
-    """Ends a trial from within its listener."""
+    """Ends a trial from inside its listener."""
 
 
 class Request:
-    """A request to end a trial, by whoever comes first; `outcome` is None until there is one."""
+    """A request to end a trial, by whichever thread asks first; `outcome` is None until there is one."""
 
     def __init__(self):
-        self.outcome, self.told = None, False
+        self.outcome, self._delivered = None, False
 
     def ask(self, state, reason):
+        """Asks the trial to end with this Outcome, unless it was asked before."""
         self.outcome = self.outcome or Outcome(state, reason)
 
     def obey(self):
-        """Raises, once, what makes train() end: KeyboardInterrupt where it is to save first."""
-        if self.outcome and not self.told:
-            self.told = True
+        """Raises, once, what makes train() end: KeyboardInterrupt if it is to save first."""
+        if self.outcome and not self._delivered:
+            self._delivered = True
             raise KeyboardInterrupt if self.outcome.state == "interrupted" else EndTrial
 
 
+def ignore(_):
+    """The listener that does nothing."""
+
+
 class Job(NamedTuple):
-    """A trial to run: its parameters, folder, a note for its checkpoints, and whom to tell."""
+    """A trial to run: its name, parameters, folder, the request to end it, and who listens."""
 
     name: str
     parameters: dict
     run_dir: Path
     request: Request
-    on_start: Callable = lambda config: None  # once it is known that it fits
-    on_evaluation: Callable = lambda rows: None  # all evaluations so far, as rows of metrics.jsonl
+    on_start: Callable = ignore  # gets the Config, once it is known that it fits
+    on_evaluation: Callable = ignore  # gets all evaluations so far, as rows of metrics.jsonl
 
 
 def read_evaluations(run_dir):
     """The rows of metrics.jsonl that hold an evaluation, those from before an interruption included."""
-    path = Path(run_dir) / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path = RunFolder(run_dir).metrics
+    rows = read_json_lines(path) if path.exists() else []
     return [row for row in rows if METRIC in row]
 
 
 def attempt(job, corpus):
-    """Trains a Job's model; the Outcome, or what went wrong as an exception."""
+    """Trains a Job's model; returns its Outcome, or raises what went wrong."""
     config = trial_config(job.parameters)
-    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
-    train.preflight(config)  # DoesNotFit is told in a line, before anything is on the device
+    task = train.pretraining(config, corpus, tok.get_tokenizer(corpus, config.vocab_size))
+    train.preflight(config)  # DoesNotFit comes before anything is on the device
     job.on_start(config)
 
     def listen(row):
-        if row["step"] < config.num_iterations:  # what is complete is not ended early
+        if row["step"] < config.num_iterations:  # a complete trial is not ended early
             if METRIC in row:
                 job.on_evaluation(read_evaluations(job.run_dir))
             job.request.obey()
 
-    remember = {"trial": job.name}
-    result = train.train(config, corpus, tokenizer, job.run_dir, on_log=listen, remember=remember)
+    result = train.train(config, task, job.run_dir, on_log=listen, notes={"trial": job.name})
     job.on_evaluation(read_evaluations(job.run_dir))
     return Outcome("finished") if result.step == config.num_iterations else job.request.outcome
 
 
 # %%
 def clear_traceback(error):
-    """Empties the frames of an exception and of those behind it: they hold the parameters of what failed."""
+    """Empties the frames of an exception and of its causes: they hold the arrays of the failed trial."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -363,7 +428,7 @@ def clear_traceback(error):
 
 
 def contain(work, request):
-    """work()'s Outcome, or one that tells in words what it raised; no frame and no array of it stays behind."""
+    """work()'s Outcome, or one that says in words what it raised; no frame and no array of it is left."""
     try:
         return work()
     except EndTrial:
@@ -374,16 +439,25 @@ def contain(work, request):
         return Outcome("failed", kind + first_line(error))
 
 
+class TrialThread(threading.Thread):
+    """Runs a Job; `outcome` is None until it has ended."""
+
+    def __init__(self, job, corpus):
+        super().__init__(name="trial")
+        self.outcome, self._job, self._corpus = None, job, corpus
+
+    def run(self):
+        self.outcome = contain(functools.partial(attempt, self._job, self._corpus), self._job.request)
+
+
 def run_trial(job, corpus, interrupt=None):
     """Runs a Job in a thread of its own, waits, and returns its Outcome; the device is as empty as before.
 
     An exception thrown into the waiting thread ends the trial as stopped, a noted `interrupt` as interrupted.
     """
-    done = []
-    work = lambda: done.append(contain(functools.partial(attempt, job, corpus), job.request))
-    thread = threading.Thread(target=work, name="trial")
+    thread = TrialThread(job, corpus)
     thread.start()
-    while not done:
+    while thread.outcome is None:
         thrown = False
         try:
             time.sleep(0.1)  # no lock: an exception that is thrown in here must not leave one taken
@@ -395,25 +469,31 @@ def run_trial(job, corpus, interrupt=None):
             job.request.ask("stopped", "by the sweep")
     thread.join()
     gc.collect()
-    jax.clear_caches()  # programs take room on the device, too; the cache on disk keeps them
-    if done[0].state in ("finished", "stopped", "failed"):
-        shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # 3 GB each for the default model
-    return done[0]
+    jax.clear_caches()  # programs take room on the device too; the cache on disk keeps them
+    if thread.outcome.state in ("finished", "stopped", "failed"):
+        shutil.rmtree(RunFolder(job.run_dir).checkpoints, ignore_errors=True)  # 3 GB each for the default model
+    return thread.outcome
 
+
+if __name__ == "__main__":
+    print(contain(lambda: 1 / 0, Request()))
 
 # %% [markdown]
 # ## Without an account
 #
-# A folder holds the sweep, one file per trial, and whatever each trial has come to. Workers on one machine, or on a
-# shared folder, need no server and no locks, only two operations that file systems do whole: a file is created by one
-# worker and no other, and renamed over an old one. A trial belongs to whom created its newest lease, whose time stamp
-# is renewed every ten seconds; when that stops for a minute, the next lease can be created, and the trial goes on from
-# its checkpoint in other hands. What to try next, and what to stop, `sweeps` says: the code that wandb's servers run.
+# A folder holds the sweep, one file per trial, and the results so far. Workers on one machine, or on a shared folder,
+# need no server and no locks. They need two operations that file systems do atomically: a file is created by one worker
+# and no other, and a file is renamed over an old one.
+#
+# - A trial belongs to the worker that created its newest lease, and renews the lease's time stamp every ten seconds.
+# - When the time stamp is a minute old, another worker may create the next lease, and the trial resumes from its
+#   checkpoint there.
+# - What to try next, and what to stop, is decided by `sweeps`, the code that wandb's servers run.
 
 
 # %%
 def load_search():
-    """The `sweeps` library; UserError where it is not installed."""
+    """The `sweeps` library; UserError if it is not installed."""
     try:
         with warnings.catch_warnings(action="ignore"):  # pydantic's, on every import
             import sweeps
@@ -425,21 +505,21 @@ def load_search():
         ) from None
 
 
-def beside(path):
-    """A path that no other worker uses, for what is to become `path`."""
+def draft_path(path):
+    """A path next to `path` that no other worker uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}")
 
 
 def create_whole(path, text):
-    """Creates a file with its content if there is none of that name; whether it did. One of many callers does."""
-    draft = beside(path)
+    """Creates a complete file unless it exists; returns whether it did. Of many callers, one does."""
+    draft = draft_path(path)
     draft.write_text(text)
     try:
         os.link(draft, path)
         return True
     except FileExistsError:
         return False
-    except OSError:  # no hard links on this file system, Google Drive's for one
+    except OSError:  # no hard links on this file system, such as Google Drive's
         with contextlib.suppress(FileExistsError), open(path, "x") as file:
             file.write(text)
             return True
@@ -448,22 +528,12 @@ def create_whole(path, text):
         draft.unlink()
 
 
-def read_json(path):
-    """A file's JSON, or None where there is none, or none yet."""
+def read_if_there(path):
+    """The JSON object in a file, or None if there is no file, or no complete one yet."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except UserError:
         return None
-
-
-@contextlib.contextmanager
-def telling_in_one_line():
-    """Puts back, in a script, the hook that tells bad input in one line: wandb's prints a traceback for all."""
-    try:
-        yield
-    finally:
-        if not in_notebook():
-            sys.excepthook = print_one_line_errors
 
 
 class Lease:
@@ -483,7 +553,7 @@ class Lease:
 
     def _work(self):
         while not self._stop.wait(self._pause) and not self.is_lost():
-            with contextlib.suppress(OSError):  # a shared folder that is away for a moment
+            with contextlib.suppress(OSError):  # a shared folder that cannot be reached for a moment
                 os.utime(self._path)
 
     def __enter__(self):
@@ -494,45 +564,49 @@ class Lease:
         self._thread.join()
 
 
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        print("created by the first, by the second:", *(create_whole(Path(scratch) / "lease-1", "") for _ in range(2)))
+
+
 # %%
 class LocalSweep:
-    """A sweep in a folder: sweep.json; per trial NNNN.json, NNNN.lease-K and NNNN.result.json; trial-NNNN/ its run."""
+    """A sweep in a folder: sweep.json; NNNN.json, NNNN.lease-K and NNNN.result.json a trial; trial-NNNN/ is its run."""
 
     def __init__(self, folder, sweep, lease=60.0, give_up=0):
         self.folder, self._seconds, self._give_up, self._search = Path(folder), lease, give_up, load_search()
         self.folder.mkdir(parents=True, exist_ok=True)
         create_whole(self.folder / "sweep.json", json.dumps(sweep, indent=2) + "\n")
-        self.sweep = read_json(self.folder / "sweep.json")
+        self.sweep = read_if_there(self.folder / "sweep.json")
         require(self.sweep, "sweep", str(self.folder / "sweep.json"), "cannot be read: use another --name")
         if self.sweep != json.loads(json.dumps(sweep)):
-            say(f"sweep: {self.folder} holds one that was made with other settings; going on with it as it was made")
+            say(f"sweep: {self.folder} holds one with other settings; continuing with that one, unchanged")
 
     def trials(self):
         """[{"name", "parameters", "state", "reason", "rows"}, ...] of all trials, in their order."""
         return [self._read(path) for path in sorted(self.folder.glob("[0-9][0-9][0-9][0-9].json"))]
 
     def _read(self, path):
-        # The lease first: who takes the trial after that creates a newer one, and what is read then is not acted on.
+        # The lease first: a worker that takes the trial after that creates a newer one, and what is read is not used.
         leases = [int(lease.suffix.removeprefix(".lease-")) for lease in self.folder.glob(f"{path.stem}.lease-*")]
-        started = {"parameters": read_json(path) or {}, "state": "running", "reason": "", "rows": [], "released": 0}
-        result = read_json(path.with_suffix(".result.json")) or {}
+        started = {"parameters": read_if_there(path) or {}, "state": "running", "reason": "", "rows": [], "released": 0}
+        result = read_if_there(path.with_suffix(".result.json")) or {}
         return {"name": path.stem, **started, **result, "lease": max(leases, default=0)}
 
     def write(self, name, state, reason="", rows=None, released=0):
-        """Notes what a trial has come to; rows stay as they were unless given; `released` is a lease given back."""
+        """Notes a trial's state; rows stay as they were unless given; `released` is a lease given back."""
         path = self.folder / f"{name}.result.json"
-        rows = (read_json(path) or {}).get("rows", []) if rows is None else rows
-        with atomic_write(path) as part:
-            part.write_text(json.dumps({"state": state, "reason": reason, "rows": rows, "released": released}) + "\n")
+        rows = (read_if_there(path) or {}).get("rows", []) if rows is None else rows
+        write_json(path, {"state": state, "reason": reason, "rows": rows, "released": released})
 
     def _lease(self, trial, number):
         return self.folder / f"{trial['name']}.lease-{number}"
 
     def _is_free(self, trial):
-        """Whether a trial that is not over is in nobody's hands; all times are the file system's own."""
-        if trial["lease"] == trial["released"]:  # 0 for one that nobody has had
+        """Whether no worker has this open trial; all times are the file system's own."""
+        if trial["lease"] == trial["released"]:  # 0 for one that no worker has had
             return True
-        probe = beside(self.folder / "now")
+        probe = draft_path(self.folder / "now")
         probe.write_text("")
         age = probe.stat().st_mtime - self._lease(trial, trial["lease"]).stat().st_mtime
         probe.unlink()
@@ -553,7 +627,7 @@ class LocalSweep:
                 return None
 
     def _propose(self, trials):
-        """Creates the next trial, by the search, unless another worker was faster; false where a grid is used up."""
+        """Creates the next trial, by the search, unless another worker was faster; false when a grid is used up."""
         with warnings.catch_warnings(action="ignore"):  # scikit-learn's, on the fit of five points
             proposed = self._search.next_run(self.sweep, self._as_runs(trials))
         if proposed is None:
@@ -564,6 +638,7 @@ class LocalSweep:
         return True
 
     def _as_runs(self, trials):
+        """The trials as the search knows them."""
         states = {"interrupted": "running", "stopped": "finished"}
         return [
             self._search.SweepRun(
@@ -577,7 +652,7 @@ class LocalSweep:
         ]
 
     def _note_evaluation(self, name, lease, request, rows):
-        """Keeps a running trial's rows and asks Hyperband whether it should go on."""
+        """Writes down a running trial's rows and asks Hyperband whether it should continue."""
         if lease.is_lost():
             return
         self.write(name, "running", rows=rows)
@@ -611,10 +686,9 @@ class LocalSweep:
         return run_recorded(run, job, corpus, interrupt)
 
     def waits(self):
-        """Whether other workers have trials in hand that may yet come back."""
+        """Whether other workers have trials that may yet come back."""
         return any(trial["state"] in ("running", "interrupted") for trial in self.trials())
 
-    @telling_in_one_line()
     def work(self, corpus, count=0):
         """Runs trials until the sweep is over, `count` are done, too many in a row have failed, or Ctrl-C."""
         failures, ran, waiting = 0, 0, False
@@ -625,7 +699,7 @@ class LocalSweep:
                     if not self.waits():
                         return
                     if not waiting:
-                        say("waiting for the trials of other workers, should one of them be left behind")
+                        say("waiting for the trials of other workers, in case one of them is left behind")
                     waiting = True
                     time.sleep(min(5.0, self._seconds / 6))
                     continue
@@ -635,12 +709,12 @@ class LocalSweep:
                 require(not self._give_up or failures < self._give_up, "failed trials in a row", failures, GIVE_UP)
 
 
-GIVE_UP = "the fault is hardly in the settings: the reasons stand in the table; --give_up 0 goes on all the same"
+GIVE_UP = "the settings are hardly the reason; the table has the reasons; --give_up 0 continues whatever fails"
 
 
 def describe_parameters(parameters, sweep):
     """The swept values in one line."""
-    return ", ".join(f"{name} {show(parameters.get(name))}" for name in swept(sweep))
+    return ", ".join(f"{name} {format_value(parameters.get(name))}" for name in swept_fields(sweep))
 
 
 def describe_outcome(outcome):
@@ -648,73 +722,95 @@ def describe_outcome(outcome):
     return outcome.state + (f": {outcome.reason}" if outcome.reason else "")
 
 
-def show(value):
-    """A value in at most a few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+def format_value(value):
+    """A value in a few characters; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 # %% [markdown]
 # ## With wandb
 #
 # wandb's server proposes, stops and counts; any number of workers ask it. Its agent runs each trial as a function in a
-# thread, and three of its habits decide what that function does. It stops an agent after three errors in a minute, so a
-# failed trial is marked as failed but raises nothing. It hands a run out again only if the run was marked as preempting
-# and then fell silent or left with an exit code: so every trial is marked, once it is known to fit, and what fails
-# after that leaves with 0, its state and reason in the summary, for otherwise it would come back for ever. And it
-# counts whatever is logged: a run that comes back logs no evaluation twice.
+# thread. Three of its habits decide what that function does:
+#
+# - **It gives up after three errors in a minute.** A failed trial is therefore marked as failed but raises nothing.
+# - **It hands a run out again only if the run was marked as preempting** and then fell silent or ended with an exit
+#   code other than 0. Every trial is marked, once it is known to fit. One that fails after that ends with exit code 0,
+#   its state and reason in the summary; otherwise it would come back for ever.
+# - **It counts whatever is logged.** A run that comes back logs no evaluation twice.
 
 
 # %%
 def load_wandb():
-    """wandb, with its files below runs/ and its key from the environment or Colab's secrets; UserError without it."""
+    """wandb, ready for use, with its key from the environment or Colab's secrets; UserError without it."""
     try:
         import wandb
     except ImportError as error:
         raise UserError(f"wandb cannot be imported ({error}): pip install wandb, or sweep with --where local") from None
     if key := read_secret("WANDB_API_KEY"):
         os.environ["WANDB_API_KEY"] = key  # where its own process looks
+    try:
+        wandb.setup()  # starts that process, and has every error print a traceback from then on
+    except Exception as error:  # wandb's and the system's
+        raise UserError(f"wandb cannot be started ({first_line(error)}): sweep with --where local") from None
+    report_in_one_line()
     return wandb
 
 
-def run_recorded(run, job, corpus, interrupt=None):
-    """Runs a Job with its evaluations and its Outcome recorded in an open wandb run, which is finished; the Outcome."""
-    run.define_metric("trained_steps")
-    run.define_metric("*", step_metric="trained_steps")
-    known = [run.summary.get("trained_steps", 0) if run.resumed else 0]  # what wandb has from before
-    started = []
+class Recorder:
+    """Passes a trial's start and scores on to an open wandb run, which may have scores from before."""
 
-    def start(config):
-        started.append(run.mark_preempting())
-        job.on_start(config)
+    def __init__(self, run, job):
+        self._run, self._job, self.started = run, job, False
+        self._logged = run.summary.get("trained_steps", 0) if run.resumed else 0
+        run.define_metric("trained_steps")
+        run.define_metric("*", step_metric="trained_steps")
 
-    def log(rows):
+    def start(self, config):
+        """Marks the run: from now on wandb hands it out again if its worker falls silent."""
+        self._run.mark_preempting()
+        self.started = True
+        self._job.on_start(config)
+
+    def log(self, rows):
+        """Logs those evaluations that wandb does not have."""
         for row in rows:
-            if row["step"] > known[0]:
-                run.log({"trained_steps": row["step"], METRIC: row[METRIC], "val_loss": row["val_loss"]})
-                known[0] = row["step"]
-        job.on_evaluation(rows)
+            if row["step"] > self._logged:
+                self._run.log({"trained_steps": row["step"], METRIC: row[METRIC], "val_loss": row["val_loss"]})
+                self._logged = row["step"]
+        self._job.on_evaluation(rows)
 
-    outcome = run_trial(job._replace(on_start=start, on_evaluation=log), corpus, interrupt)
-    if outcome.state == "interrupted" and not started:
-        run.mark_preempting()
-    run.summary.update({"outcome": outcome.state, "reason": outcome.reason})
-    if outcome.state == "failed":
-        run.tags = (*(run.tags or ()), "failed")
-    again = outcome.state in ("interrupted", "lost")
-    run.finish(exit_code=1 if again or (outcome.state == "failed" and not started) else 0)
+    def finish(self, outcome):
+        """Records how the trial ended and finishes the run."""
+        if outcome.state == "interrupted" and not self.started:
+            self._run.mark_preempting()
+        self._run.summary.update({"outcome": outcome.state, "reason": outcome.reason})
+        if outcome.state == "failed":
+            self._run.tags = (*(self._run.tags or ()), "failed")
+        again = outcome.state in ("interrupted", "lost")
+        self._run.finish(exit_code=1 if again or (outcome.state == "failed" and not self.started) else 0)
+
+
+def run_recorded(run, job, corpus, interrupt=None):
+    """Runs a Job, records its evaluations and its Outcome in an open wandb run and finishes it; the Outcome."""
+    recorder = Recorder(run, job)
+    outcome = run_trial(job._replace(on_start=recorder.start, on_evaluation=recorder.log), corpus, interrupt)
+    recorder.finish(outcome)
     return outcome
 
 
 class WandbSweep:
-    """A sweep on wandb's server, which `path`, entity/project/id, names."""
+    """A sweep on wandb's server; `path` is entity/project/id."""
 
     def __init__(self, path, out, give_up=0):
         self._wandb, self.path = load_wandb(), path
         self.sweep = self._find().config
         self.sweep.setdefault("name", path.rpartition("/")[2])
         missing = [name for name in ORIGIN if name not in constants(self.sweep)]
-        require(not missing, "sweep", path, f"was not made by this notebook: it does not say {', '.join(missing)}")
-        self.folder = Path(out) / self.sweep["name"]  # of the sweep's name: whoever made it finds its trials there
+        require(not missing, "sweep", path, f"was not created by this notebook: it lacks {', '.join(missing)}")
+        self.folder = Path(out) / self.sweep["name"]  # of the sweep's name: its creator finds its trials there
         self._give_up, self._failures = give_up, 0
 
     def _find(self):
@@ -734,10 +830,9 @@ class WandbSweep:
         if self._give_up and self._failures >= self._give_up:
             _thread.interrupt_main()  # the only way to end the agent from here
 
-    @telling_in_one_line()
     def work(self, corpus, count=0):
         """Runs an agent until the sweep is over, `count` trials are done, too many have failed, or Ctrl-C."""
-        with noting_interrupt() as interrupt:
+        with deferred_interrupt(raise_at_once=True) as interrupt:  # it ends the agent, and the trial knows why
             entity, project, name = self.path.split("/")
             run_one = functools.partial(self._run_one, corpus, interrupt)
             self._wandb.agent(name, run_one, entity=entity, project=project, count=count or None)
@@ -757,42 +852,18 @@ class WandbSweep:
         return {"name": run.id, "parameters": dict(run.config), "state": state, "reason": reason, "rows": rows}
 
     def record(self, rows, picture):
-        """Puts the table and the picture into a run of their own, beside the sweep's."""
+        """Puts the table and the picture into a run of their own, next to the sweep's runs."""
         entity, project, name = self.path.split("/")
         names = {"entity": entity, "project": project, "id": f"results-{name}", "name": f"results of {name}"}
         with self._wandb.init(resume="allow", job_type="results", **names) as run:
             columns = list(rows[0])
-            table = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
-            run.log({"results": table, "picture": self._wandb.Image(str(picture))})
-
-
-@contextlib.contextmanager
-def noting_interrupt():
-    """Notes SIGINT and SIGTERM in `.requested` and raises KeyboardInterrupt: the agent ends, the trial knows why."""
-    noted = Noted()
-
-    def note(signum, frame):
-        noted.requested = True
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Noted:
-    """Whether the worker was asked to stop."""
-
-    requested = False
+            results = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+            run.log({"results": results, "picture": self._wandb.Image(str(picture))})
 
 
 def create_online(sweep, project, folder):
-    """The path, entity/project/id, of this sweep on wandb's server: made there, unless this machine remembers it."""
-    note = Path(folder) / "wandb_sweep.txt"  # so that Run all after a disconnect makes no second one
+    """The path, entity/project/id, of this sweep on wandb's server: created there, unless this machine has a note."""
+    note = Path(folder) / "wandb_sweep.txt"  # so that Run all after a disconnect creates no second one
     if note.exists():
         return note.read_text().strip()
     wandb = load_wandb()
@@ -811,18 +882,18 @@ def create_online(sweep, project, folder):
 # ## What came out
 #
 # One row per trial, sorted by bits per byte. The table says what the trials had in common, tokens or FLOPs, since a
-# ranking of model sizes means nothing without it; a trial that was stopped early stands with the score it had then.
+# ranking of model sizes means nothing without it. A trial that was stopped early is listed with the score it had then.
 
 
 # %%
 def tabulate(backend):
-    """Rows of a table, best first: trial, state, val_bpb or None, steps, tokens, flops, swept values and reason."""
+    """The rows of the table, best first: trial, state, val_bpb or None, steps, tokens, flops, swept values, reason."""
     rows = [tabulate_trial(trial, backend.sweep) for trial in backend.trials()]
     return sorted(rows, key=lambda row: math.inf if row[METRIC] is None else row[METRIC])
 
 
 def tabulate_trial(trial, sweep):
-    """One row of the table."""
+    """One row of the table, as a dict."""
     best = min((row[METRIC] for row in trial["rows"]), default=None)
     steps = max((row["step"] for row in trial["rows"]), default=0)
     row = {"trial": trial["name"], "state": trial["state"], METRIC: best, "steps": steps, "tokens": 0, "flops": 0.0}
@@ -830,31 +901,29 @@ def tabulate_trial(trial, sweep):
         config = trial_config(trial["parameters"])
         row["tokens"] = steps * config.total_batch_size * config.seq_len
         row["flops"] = row["tokens"] * train.flops_per_token(config)
-    values = {name: trial["parameters"].get(name) for name in swept(sweep)}
+    values = {name: trial["parameters"].get(name) for name in swept_fields(sweep)}
     return {**row, **values, "reason": trial["reason"]}
 
 
 def describe_table(rows, sweep):
     """The table as text, below a line that says what was equal."""
-    fixed, names = constants(sweep), swept(sweep)
+    fixed, names = constants(sweep), swept_fields(sweep)
     size = f"{fixed['budget_size']:,.0f} tokens" if fixed["budget"] == "tokens" else f"{fixed['budget_size']:.3g} FLOPs"
-    heads = ["trial", "state", METRIC, "steps", "tokens", "FLOPs", *names, ""]
     body = [
         [
             *(row["trial"], row["state"], "" if row[METRIC] is None else f"{row[METRIC]:.4f}", str(row["steps"])),
             *(f"{row['tokens'] / 1e6:.2f}M", f"{row['flops']:.2e}"),
-            *(show(row[name]) for name in names),
+            *(format_value(row[name]) for name in names),
             row["reason"],
         ]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [heads, *body]]
-    return "\n".join([f"{sweep['name']}: equal {fixed['budget']}, {size} a trial", *(line.rstrip() for line in lines)])
+    heads = ["trial", "state", METRIC, "steps", "tokens", "FLOPs", *names, ""]
+    return f"{sweep['name']}: equal {fixed['budget']}, {size} a trial\n{table(body, heads)}"
 
 
 def write_table(rows, path):
-    """The table as a CSV file."""
+    """Writes the table as a CSV file."""
     with atomic_write(path) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -869,12 +938,13 @@ def best_config(backend):
     return trial_config(names[done[0]["trial"]])
 
 
-# %%
+# %% cellView="form"
+# @title The picture
 def plot_sweep(trials, rows, sweep, path):
-    """Writes a picture: the score against each swept parameter, and the learning curves; hollow: stopped early."""
-    from matplotlib.figure import Figure
+    """Writes a PNG: the score against each swept parameter, and the learning curves; hollow: stopped early."""
+    from matplotlib.figure import Figure  # here, because importing it looks for fonts
 
-    names, by_name = list(swept(sweep)), {trial["name"]: trial for trial in trials}
+    names, by_name = list(swept_fields(sweep)), {trial["name"]: trial for trial in trials}
     scored = [row for row in rows if row[METRIC] is not None]
     across = min(4, len(names) + 1)
     down = math.ceil((len(names) + 1) / across)
@@ -898,7 +968,7 @@ def plot_sweep(trials, rows, sweep, path):
 
 
 def plot_parameter(panel, name, rows, logarithmic):
-    """One panel: the score of each trial against one parameter, the best in red."""
+    """Draws one panel: the score of each trial against one parameter, the best in red."""
     for i, row in enumerate(rows):
         color = "tab:red" if i == 0 else "tab:blue"
         filled = color if row["state"] == "finished" else "none"
@@ -912,21 +982,25 @@ def plot_parameter(panel, name, rows, logarithmic):
 # %% [markdown]
 # ## Run
 #
-# Without a key this sweeps on this machine; with one, and on more than a laptop, wandb holds the sweep. Its id is
-# printed: in every other Colab, and in this one on another day, write `"--sweep ENTITY/PROJECT/ID"` into `OVERRIDES`.
-# The same cells run again go on with the same sweep. A sweep remembers commit and data; a worker whose own are others
-# refuses to mix its trials in.
+# Without a key this sweeps on this machine. With a key, and a larger preset than laptop, wandb holds the sweep and its
+# id is printed: in every other Colab, or in this one on another day, write `"--sweep ENTITY/PROJECT/ID"` into
+# `OVERRIDES`. The same cells run again continue the same sweep. A sweep has its commit and data recorded; a worker that
+# has others refuses to mix its trials in.
 
 
 # %%
 def choose_place(settings, run):
-    """wandb or local, and why, in a line."""
-    require(settings.where in ("", "wandb", "local"), "where", settings.where, "use wandb or local")
+    """ "wandb" or "local"; prints which and why in a line."""
     online = os.environ.get("WANDB_MODE", "online") == "online"
-    key = bool(settings.where or settings.sweep or read_secret("WANDB_API_KEY"))
+    asked = bool(settings.where or settings.sweep)
+    key = asked or bool(read_secret("WANDB_API_KEY"))
     place = settings.where or ("wandb" if settings.sweep or (key and online and run.preset != "laptop") else "local")
-    because = "as set" if settings.where or settings.sweep else "as there is no key" if not key else ""
-    because = because or ("as there is a key" if place == "wandb" else f"as the preset is {run.preset}")
+    if asked:
+        because = "as set"
+    elif not key:
+        because = "as there is no key"
+    else:
+        because = "as there is a key" if place == "wandb" else f"as the preset is {run.preset}"
     say(f"trials: handed out by {'wandb' if place == 'wandb' else 'a folder on this machine'}, {because}")
     return place
 
@@ -939,30 +1013,29 @@ def full_path(name, project):
 
 
 def check_version(sweep, corpus, any_version):
-    """Raises UserError where commit or data are not those that the sweep was made with."""
-    made, here = constants(sweep), {"commit": git_commit() or ""}
+    """Raises UserError if commit or data here are not the sweep's; with `any_version` it prints that instead."""
+    expected, here = constants(sweep), {"commit": git_commit() or ""}
     here |= {"data_name": corpus.name, "data_revision": corpus.revision}
     for name, value in here.items():
-        if made[name] != value and any_version:
-            say(f"{name}: the sweep was made with {made[name]!r}, here it is {value!r}; going on, as set")
+        if expected[name] != value and any_version:
+            say(f"{name}: the sweep has {expected[name]!r}, here it is {value!r}; continuing, as set")
         else:
-            remedy = f"the sweep was made with {made[name]!r}; use that (REF), or set --any_version true"
-            require(made[name] == value, name, value, remedy)
+            remedy = f"the sweep has {expected[name]!r}; use that (REF), or set --any_version true"
+            require(expected[name] == value, name, value, remedy)
 
 
-@telling_in_one_line()
 def open_sweep(overrides):
-    """(backend, settings, corpus) of what the user set: makes the sweep or finds it, checks it, says what it is."""
-    given = parse_settings(Worker, Run, train.Config, overrides=overrides)
-    settings, asked, fields = Worker(**given[0]), Run(**given[1]), given[2]
+    """(backend, settings, corpus) from what the user set: creates the sweep or finds it, and checks it."""
+    given = parse_settings(Settings, Run, train.Config, overrides=overrides)
+    settings, asked, fields = Settings(**given[0]), Run(**given[1]), given[2]
     run, config = settle(asked, train.Config, TRIALS, fields)
     place, out = choose_place(settings, run), Path(run.out)
     os.environ.setdefault("WANDB_DIR", str(out))
     if settings.sweep:
         path = full_path(settings.sweep, settings.project)
         backend = WandbSweep(path, out, settings.give_up)
-        made = constants(backend.sweep)
-        corpus = tok.get_corpus(asked.data or made["data"] or run.data, made["num_shards"])
+        fixed = constants(backend.sweep)
+        corpus = tok.get_corpus(asked.data or fixed["data"] or run.data, fixed["num_shards"])
     else:
         corpus = tok.get_corpus(run.data, run.num_shards)
         sweep = make_sweep(settings, run, config, SPACES[run.preset], corpus)
@@ -977,36 +1050,34 @@ def open_sweep(overrides):
 
 
 def describe_cost(backend):
-    """What the sweep holds and, where the step's time is known, what it costs at most."""
+    """What the sweep holds and, if the time of a step is known, what it costs at most."""
     configs, cap = check_sweep(backend.sweep), backend.sweep.get("run_cap", 1000)
     line = f"sweep: {backend.folder}: {cap} trials of equal {constants(backend.sweep)['budget']} over "
-    line += ", ".join(swept(backend.sweep))
+    line += ", ".join(swept_fields(backend.sweep))
     middle = configs[len(configs) // 2]
     if "TPU" not in jax.local_devices()[0].device_kind:
         return line
     try:
         fit = train.preflight(middle)
-    except train.DoesNotFit as error:
+    except DoesNotFit as error:
         return f"{line}\nnot all of it fits this device: {error}"
     if not fit.step_seconds:
         return line
     hours = fit.step_seconds * middle.num_iterations * cap / 3600
-    return (
-        f"{line}\nat {fit.step_seconds:.2f} s a step, as estimated: {hours:.1f} chip hours, less what is stopped early"
-    )
+    cost = f"at {fit.step_seconds:.2f} s a step, as estimated: {hours:.1f} chip hours, less what is stopped early"
+    return f"{line}\n{cost}"
 
 
 # %%
 OVERRIDES = ""  # @param ["", "--where wandb", "--budget flops --run_cap 20"] {allow-input: true}
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    keep_compiled()
+    prepare()
     backend, settings, corpus = open_sweep(OVERRIDES)
-    print(describe_cost(backend))
+    say(describe_cost(backend))
 
 # %% [markdown]
-# The worker. Run this cell again for more trials; on a second Colab the same two cells, with the sweep's id, are a
+# The worker. Run this cell again for more trials. On a second Colab the same two cells, with the sweep's id, are a
 # second worker.
 
 # %%
@@ -1016,30 +1087,26 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Look
 #
-# The best is in red; what was stopped early is hollow. A best value at the edge of its range asks for a wider range,
-# and a panel with no slope for a parameter that need not be swept. The winner goes to 02 as it is, or by the line
-# below, at the length that a real run has.
+# The best trial is red; a trial that was stopped early is hollow. A best value at the edge of its range asks for a
+# wider range; a parameter whose panel shows no slope need not be swept. The winner goes to 02 by the line that is
+# printed, at the length of a real run.
 
 
 # %%
-@telling_in_one_line()
 def show_results(backend):
-    """Prints the table and saves it as results.csv, draws results.png, and puts both into wandb where the sweep is."""
+    """Prints the table, saves it as results.csv, draws results.png, and puts both into wandb if the sweep is there."""
     rows, picture = tabulate(backend), backend.folder / "results.png"
     require(rows, "sweep", backend.sweep["name"], "has no trial yet")
-    print(describe_table(rows, backend.sweep))
+    say(describe_table(rows, backend.sweep))
     write_table(rows, backend.folder / "results.csv")
     plot_sweep(backend.trials(), rows, backend.sweep, picture)
     say(f"left in {backend.folder}: results.csv, results.png, and a folder for each trial")
     with contextlib.suppress(UserError):  # none has run to its end
         best = dataclasses.asdict(best_config(backend))
-        say(" ".join(["best: uv run 02_train.py", *(f"--{name} {best[name]}" for name in swept(backend.sweep))]))
-    if hasattr(backend, "record"):
+        say(" ".join(["best: uv run 02_train.py", *(f"--{name} {best[name]}" for name in swept_fields(backend.sweep))]))
+    if isinstance(backend, WandbSweep):
         backend.record(rows, picture)
-    if in_notebook():
-        from IPython.display import Image, display
-
-        display(Image(filename=str(picture), width=900))
+    show_picture(picture)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def server():
 
 @contextlib.contextmanager
 def started(server, folder, *words, **more):
-    """A worker's process, that reads what it prints; killed if it still runs at the end."""
+    """A worker's process with `.log()`, what it has printed; killed if it still runs at the end."""
     command = [sys.executable, "-c", DRIVER, str(ROOT / "03_worker.py"), *TINY["03_worker"].split(), *words]
     log = open(folder / f"worker-{len(list(folder.glob('worker-*')))}.txt", "w+")
     environment = os.environ | server.environment() | more
@@ -76,10 +76,10 @@ def evaluations(folder, name):
 
 
 def test_a_sweep_from_its_creation_to_its_results(server, tmp_path):
-    """Four failures in the first minute do not end the agent, nor do errors and lost connections; run_cap does.
+    """A sweep outlives four failures in its first minute, errors and lost connections, and ends with run_cap.
 
-    Refused, failed and finished trials are what they are on the server, with their reasons and no score made up; the
-    results come back as a table and a picture; the same command again goes on with the same sweep.
+    Refused, failed and finished trials are recorded as such, with their reasons and without invented scores; the
+    results are uploaded as a table and a picture; the same command again continues the same sweep.
     """
     broken = [{"n_head": 3, "n_kv_head": 2}, {"learning_rate": 1e30}, {"eval_tokens": 1 << 40}, {"n_head": 0}]
     server.propose = lambda n: {**GOOD, "device_batch_size": 4, **(broken[n - 1] if n <= 4 else {})}
@@ -110,12 +110,10 @@ def test_a_sweep_from_its_creation_to_its_results(server, tmp_path):
 
 
 def test_a_stop_command_ends_a_trial_within_an_evaluation(server, tmp_path):
-    """Stopped by the server after its first score: it ends as stopped, not as failed, and the next trial runs.
-
-    The score is looked for where the trial writes it: the client sends scores to the server in batches.
-    """
+    """A trial that the server stops after its first score ends as stopped, not as failed, and the next one runs."""
     words = ["--where", "wandb", "--count", "2", *LONG]
     with started(server, tmp_path, *words) as process:
+        # In its own file: the client sends scores to the server in batches.
         wait_for(lambda: evaluations(tmp_path, "trial1"), process)
         seen = len(evaluations(tmp_path, "trial1"))
         server.runs["trial1"].stop = True
@@ -128,8 +126,8 @@ def test_a_stop_command_ends_a_trial_within_an_evaluation(server, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_an_agent_that_ends_in_a_trial_leaves_it_to_the_next(server, tmp_path, how):
-    """The sweep hands the trial out again, under its id; it goes on from its checkpoint and no score is there twice."""
+def test_a_trial_whose_agent_ends_is_resumed_by_the_next(server, tmp_path, how):
+    """The sweep hands the trial out again under its id; it resumes from its checkpoint and logs no score twice."""
     server.silence = 3.0
     words = ["--where", "wandb", "--count", "1", *LONG]
     with started(server, tmp_path, *words) as process:
@@ -147,14 +145,14 @@ def test_an_agent_that_ends_in_a_trial_leaves_it_to_the_next(server, tmp_path, h
         server, tmp_path, "--sweep", "someone/onechip/sweep1", "--count", "1", "--any_version", "true"
     ) as process:
         printed = finish(process)
-    assert "resuming: runs/sweep-" in printed and "/trial-trial1 goes on behind step" in printed
+    assert "resuming: runs/sweep-" in printed and "/trial-trial1 continues after step" in printed
     assert list(server.runs) == ["trial1", "results-sweep1"] and run.starts >= 2
     assert [step for step, _ in scores(run)] == [300 * i for i in range(1, 11)]
     assert run.summary["outcome"] == "finished" and run.exitcodes[-1] == 0
 
 
 def test_a_worker_that_joins_another_commits_sweep_stops(server, tmp_path):
-    """One line that names both commits, before anything is asked for; a setting goes on all the same."""
+    """A worker with another commit stops with one line that names both, before it asks for a trial."""
     with started(server, tmp_path, "--where", "wandb", "--count", "1") as process:
         finish(process)
     server.sweeps["sweep1"]["parameters"]["commit"] = {"value": "e" * 40}
@@ -170,7 +168,7 @@ def test_a_worker_that_joins_another_commits_sweep_stops(server, tmp_path):
 
 
 def test_offline_trials_are_recorded_for_later(server, tmp_path):
-    """WANDB_MODE=offline: the sweep runs in its folder, and each trial leaves a run that `wandb sync` can upload."""
+    """With WANDB_MODE=offline the sweep runs in its folder, and each trial leaves a run for `wandb sync`."""
     with started(server, tmp_path, "--name", "s", WANDB_MODE="offline") as process:
         printed = finish(process)
     assert "trials: handed out by a folder on this machine" in printed

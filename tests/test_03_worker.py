@@ -1,4 +1,4 @@
-"""03_worker without an account: the sweep's dictionary, trials that fail, workers that share a folder, the results."""
+"""03_worker without an account: the sweep's dictionary, trials that fail, workers that share a folder, results."""
 
 import concurrent.futures
 import csv
@@ -25,6 +25,7 @@ from execute import TINY
 
 from onechip.checkpoints import newest_checkpoint
 from onechip.errors import UserError, first_line
+from onechip.fit import DoesNotFit
 from onechip.machine import git_commit
 from onechip.settings import Run
 
@@ -59,7 +60,7 @@ def corpus():
 
 
 def make_sweep(corpus, space=SPACE, settings=(), **fields):
-    settings = worker.Worker(**dict(settings))
+    settings = worker.Settings(**dict(settings))
     run = Run(preset="laptop", data="offline", num_shards=1)
     return worker.make_sweep(settings, run, train.Config(**{**MODEL, **fields}), space, corpus)
 
@@ -92,8 +93,8 @@ def job_of(corpus, folder, **values):
         ({}, ["at least one"]),
     ],
 )
-def test_what_no_trial_could_run_is_told_when_the_sweep_is_made(corpus, space, words):
-    """One line naming the field: not the 17th trial's failure, days later."""
+def test_a_sweep_that_cannot_run_is_refused_when_it_is_created(corpus, space, words):
+    """A name, bound or combination that no trial could run is refused in one line that names the field."""
     with pytest.raises(UserError) as error:
         worker.check_sweep(make_sweep(corpus, space))
     for word in words:
@@ -101,20 +102,20 @@ def test_what_no_trial_could_run_is_told_when_the_sweep_is_made(corpus, space, w
 
 
 @pytest.mark.parametrize("preset", sorted(worker.TRIALS))
-def test_the_default_sweeps_can_be_made(corpus, preset):
-    """Every combination of extremes of each preset's space is a Config; the names are what the sweep is about."""
+def test_the_default_sweeps_can_be_created(corpus, preset):
+    """Every combination of extremes of each preset's space is a Config; the constants name commit and data."""
     run = Run(preset=preset, data="offline", num_shards=1)
     config = train.Config(**worker.TRIALS[preset])
-    sweep = worker.make_sweep(worker.Worker(), run, config, worker.SPACES[preset], corpus)
+    sweep = worker.make_sweep(worker.Settings(), run, config, worker.SPACES[preset], corpus)
     assert len(worker.check_sweep(sweep)) >= 96
-    assert set(worker.swept(sweep)) == set(worker.SPACE)
+    assert set(worker.swept_fields(sweep)) == set(worker.SPACE)
     assert sweep["parameters"]["data_revision"] == {"value": corpus.revision}
     assert sweep["parameters"]["commit"] == {"value": git_commit() or ""}
 
 
 @pytest.mark.parametrize("budget", ["tokens", "flops"])
 def test_trials_are_comparable(corpus, budget):
-    """Equal tokens, or equal FLOPs, within a step an evaluation; equally many evaluations, evenly spaced."""
+    """Trials have equal tokens, or equal FLOPs, to within a step per evaluation, and evenly spaced evaluations."""
     sweep = make_sweep(corpus, settings={"budget": budget, "evaluations": 3}, num_iterations=600)
     spent, evaluations = [], set()
     configs = worker.check_sweep(sweep)
@@ -123,21 +124,21 @@ def test_trials_are_comparable(corpus, budget):
         tokens = config.num_iterations * config.total_batch_size * config.seq_len
         per_token = train.flops_per_token(config) if budget == "flops" else 1
         spent.append(tokens * per_token / sweep["parameters"]["budget_size"]["value"])
-        steps = [step for step in range(1, config.num_iterations) if train.is_due(config, config.eval_every, step)]
-        evaluations.add(tuple(step / config.num_iterations for step in [*steps, config.num_iterations]))
+        steps = range(config.eval_every, config.num_iterations + 1, config.eval_every)
+        evaluations.add(tuple(step / config.num_iterations for step in steps))
     assert max(spent) < 1.02 and min(spent) > 0.98
     assert evaluations == {(1 / 3, 2 / 3, 1.0)}
     assert len({config.num_iterations for config in configs}) == (3 if budget == "flops" else 1)
 
 
 def test_a_trials_config_survives_json_and_numpy(corpus):
-    """A proposal comes with NumPy scalars, a server's answer with 1 for 1.0: the same Config."""
+    """A proposal with NumPy scalars and a server's answer with 1 for 1.0 give the same Config."""
     given = parameters(corpus, learning_rate=np.float64(0.02), n_head=np.int64(3), softcap=15)
     assert worker.trial_config(given) == worker.trial_config(parameters(corpus, learning_rate=0.02, n_head=3))
 
 
-def test_another_commit_or_another_text_stops_a_worker(corpus, capsys):
-    """Trials of two programs in one table would compare nothing; a setting goes on all the same, and says so."""
+def test_another_commit_or_text_stops_a_worker(corpus, capsys):
+    """A worker with another commit or text is refused, as its trials cannot be compared; a setting allows it."""
     sweep = make_sweep(corpus)
     worker.check_version(sweep, corpus, any_version=False)
     other = dataclasses.replace(corpus, revision="another")
@@ -147,7 +148,7 @@ def test_another_commit_or_another_text_stops_a_worker(corpus, capsys):
     with pytest.raises(UserError, match="commit=.*ffff"):
         worker.check_version(sweep, corpus, any_version=False)
     worker.check_version(sweep, other, any_version=True)
-    assert "going on, as set" in capsys.readouterr().out
+    assert "continuing, as set" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_another_commit_or_another_text_stops_a_worker(corpus, capsys):
 
 
 def count_leftovers():
-    """Live arrays and threads, but for the one that tqdm keeps for all progress bars; nothing is collected first."""
+    """(number of live arrays, names of threads), without the thread that tqdm keeps; nothing is collected first."""
     names = sorted(thread.name for thread in threading.enumerate())
     return len(jax.live_arrays()), [name for name in names if name != "tqdm_monitor"]
 
@@ -163,19 +164,19 @@ def count_leftovers():
 def exhaust_memory(step):
     """A training step that asks for a petabyte once it holds arrays of its own, in a frame that has them all."""
 
-    def failing(state, constants, x, y):
+    def failing(state, batch):
         mine = [jnp.ones(1000) * float(i) for i in range(5)]
-        state, metrics = step(state, constants, x, y)
+        state, metrics = step(state, batch)
         jax.block_until_ready([state, mine])
         return state, metrics | {"loss": jnp.zeros(1 << 48).block_until_ready() + mine[0].sum()}
 
     return failing
 
 
-def test_ten_failures_leave_nothing_behind_and_the_eleventh_trial_runs(corpus, tmp_path, monkeypatch):
-    """A traceback that is kept, by a logger or a debugger, must not keep the failed trial's parameters with it."""
-    kept, first_line = [], first_line
-    monkeypatch.setattr(common, "first_line", lambda error: kept.append(error) or first_line(error))
+def test_ten_failures_leave_no_array_and_no_thread(corpus, tmp_path, monkeypatch):
+    """A failed trial leaves nothing on the device, even if its traceback is kept, and the eleventh trial runs."""
+    kept = []
+    monkeypatch.setattr(worker, "first_line", lambda error: kept.append(error) or first_line(error))
     faults = [{}, {"learning_rate": 1e30}, {"eval_tokens": 1 << 40}, {"n_kv_head": 7}]
     words = ["RESOURCE_EXHAUSTED", "is nan|is inf|not finite", "eval_tokens", "n_kv_head"]
     assert worker.run_trial(job_of(corpus, tmp_path / "warm-up"), corpus).state == "finished"
@@ -185,9 +186,7 @@ def test_ten_failures_leave_nothing_behind_and_the_eleventh_trial_runs(corpus, t
         fault = faults[i % 4]
         with monkeypatch.context() as patch:
             if not fault:
-                patch.setattr(
-                    train, "preflight", lambda config: None
-                )  # it is what should have kept this from happening
+                patch.setattr(train, "preflight", lambda config: None)  # or it would have refused this trial
                 patch.setattr(train, "make_train_step", lambda *args: exhaust_memory(make(*args)))
             outcome = worker.run_trial(job_of(corpus, tmp_path / f"{i}", **fault), corpus)
         assert outcome.state == "failed"
@@ -200,10 +199,10 @@ def test_ten_failures_leave_nothing_behind_and_the_eleventh_trial_runs(corpus, t
 
 
 def test_a_refused_trial_is_not_started(corpus, tmp_path, monkeypatch):
-    """The preflight's line is the reason; nothing is trained, no folder is made, nobody is told that it started."""
+    """The preflight's line is the reason; nothing is trained, no folder is made, no start is reported."""
 
     def refuse(config):
-        raise train.DoesNotFit("device_batch_size=2: 40 GiB of 31.25")
+        raise DoesNotFit("device_batch_size=2: 40 GiB of 31.25")
 
     monkeypatch.setattr(train, "preflight", refuse)
     job = job_of(corpus, tmp_path / "refused")._replace(on_start=lambda config: pytest.fail("started"))
@@ -211,8 +210,8 @@ def test_a_refused_trial_is_not_started(corpus, tmp_path, monkeypatch):
     assert not job.run_dir.exists()
 
 
-def test_what_hits_the_waiting_thread_ends_the_trial_and_nothing_else(corpus, tmp_path):
-    """wandb's agent throws a bare Exception into the thread that runs a trial: it stops early, cleanly, and at once."""
+def test_an_exception_in_the_waiting_thread_ends_the_trial(corpus, tmp_path):
+    """An exception thrown into the waiting thread, as wandb's agent does, stops the trial early and cleanly."""
     seen, me = [], threading.get_ident()
 
     def throw(rows):
@@ -231,8 +230,8 @@ def test_what_hits_the_waiting_thread_ends_the_trial_and_nothing_else(corpus, tm
     assert count_leftovers() == before
 
 
-def test_an_interrupted_trial_goes_on_as_if_nothing_had_been(corpus, tmp_path):
-    """Interrupted, it is saved; run again, it goes on there and ends with the scores of one that was left alone."""
+def test_an_interrupted_trial_resumes_to_the_same_scores(corpus, tmp_path):
+    """An interrupted trial is saved, resumes there, and ends with the scores of one that was not interrupted."""
 
     class Interrupt:
         requested = False
@@ -263,7 +262,7 @@ def local_sweep(corpus, folder, lease=60.0, **more):
 
 
 def test_no_trial_is_taken_twice(corpus, tmp_path):
-    """Eight workers claim at once until there is nothing left: run_cap trials, each to one of them."""
+    """Of eight workers that claim at once until nothing is left, each trial goes to one, run_cap in all."""
     backends = [local_sweep(corpus, tmp_path / "sweep", run_cap=20, method="random") for _ in range(8)]
 
     def claim_all(backend):
@@ -275,8 +274,8 @@ def test_no_trial_is_taken_twice(corpus, tmp_path):
     assert not list((tmp_path / "sweep").glob(".*")), "nothing temporary is left"
 
 
-def test_the_same_without_hard_links(corpus, tmp_path, monkeypatch):
-    """Google Drive has no hard links: created exclusively, a file is still one worker's."""
+def test_a_file_is_created_once_without_hard_links(corpus, tmp_path, monkeypatch):
+    """Where there are no hard links, as on Google Drive, a file is still created by one worker only."""
 
     def refuse(*arguments):
         raise PermissionError("no links here")
@@ -287,7 +286,7 @@ def test_the_same_without_hard_links(corpus, tmp_path, monkeypatch):
 
 
 def test_a_trial_without_a_sign_of_life_is_handed_out_again(corpus, tmp_path):
-    """Neither too early nor twice; whoever had it is told at once, and writes nothing over its successor's results."""
+    """Neither too early nor twice; its first worker learns of it and does not write over the second one's results."""
     backend = local_sweep(corpus, tmp_path / "sweep", lease=30.0, run_cap=1)
     trial, lease = backend.claim()
     assert backend.claim() is None
@@ -304,7 +303,7 @@ def test_a_trial_without_a_sign_of_life_is_handed_out_again(corpus, tmp_path):
 
 
 def test_a_lease_is_kept_while_its_trial_runs(corpus, tmp_path):
-    """The time stamp moves on without the trial's doing, and no thread is left when it ends."""
+    """The time stamp is renewed while the trial runs, and no thread is left when it ends."""
     backend = local_sweep(corpus, tmp_path / "sweep", lease=0.6, run_cap=1)
     trial, lease = backend.claim()
     with worker.Lease(lease, worker.Request(), 0.6):
@@ -325,7 +324,7 @@ def put_trial(backend, name, state, scores, reason="", **values):
 
 
 def test_hyperband_stops_a_trial_within_an_evaluation(corpus, tmp_path):
-    """Far worse than three others at their second evaluation, it ends there and counts as stopped, not as failed."""
+    """A trial far worse than three others at the second evaluation ends there, as stopped and not as failed."""
     backend = local_sweep(corpus, tmp_path / "sweep", run_cap=4)
     for i in range(1, 4):
         put_trial(backend, f"{i:04d}", "finished", [0.6, 0.5, 0.4, 0.3, 0.2])
@@ -337,7 +336,7 @@ def test_hyperband_stops_a_trial_within_an_evaluation(corpus, tmp_path):
 
 
 def test_many_failures_in_a_row_end_a_worker(corpus, tmp_path):
-    """A fault that no setting cures, such as a full disk, must not use up the whole sweep."""
+    """A fault in every trial, such as a full disk, ends the worker before it uses up the whole sweep."""
     backend = local_sweep(corpus, tmp_path / "sweep", run_cap=9)
     backend._give_up = 3
     backend.sweep["parameters"]["eval_tokens"] = {"value": 1 << 40}
@@ -362,7 +361,7 @@ def wait_for(condition, seconds=120):
 
 
 def test_a_trial_that_was_given_back_is_taken_once(corpus, tmp_path):
-    """An interrupted worker's trial is free at once, for the first of eight; the state they read may be an old one."""
+    """An interrupted worker's trial is free at once, for one of eight workers, even if they read an older state."""
     backend = local_sweep(corpus, tmp_path / "sweep", run_cap=1)
     trial, _ = backend.claim()
     backend.write(trial["name"], "interrupted", "the worker was stopped", released=1)
@@ -375,32 +374,19 @@ def test_a_trial_that_was_given_back_is_taken_once(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_workers_trial_goes_on_in_other_hands(corpus, tmp_path):
-    """SIGKILL after an evaluation: the next worker resumes that trial and ends the sweep; every row is there once."""
-    words = [
-        "--name",
-        "s",
-        "--num_iterations",
-        "400",
-        "--evaluations",
-        "8",
-        "--run_cap",
-        "2",
-        "--lease",
-        "2",
-        "--any_version",
-        "true",
-    ]
+def test_a_killed_workers_trial_is_resumed_by_another(corpus, tmp_path):
+    """After a SIGKILL the next worker resumes the trial and ends the sweep; every row is there once."""
+    words = "--name s --num_iterations 400 --evaluations 8 --run_cap 2 --lease 2 --any_version true".split()
     first = start_worker(tmp_path, *words)
     folder = tmp_path / "runs" / "s"
-    wait_for(lambda: len((worker.read_json(folder / "0001.result.json") or {}).get("rows", [])) >= 2)
+    wait_for(lambda: len((worker.read_if_there(folder / "0001.result.json") or {}).get("rows", [])) >= 2)
     first.kill()
     first.communicate()
     done = start_worker(tmp_path, *words)
     printed = done.communicate(timeout=300)[0]
     assert done.returncode == 0, printed[-3000:]
     assert "resuming: runs/s/trial-0001" in printed
-    results = [worker.read_json(folder / f"{name}.result.json") for name in ("0001", "0002")]
+    results = [worker.read_if_there(folder / f"{name}.result.json") for name in ("0001", "0002")]
     assert results[0]["state"] == "finished"
     assert [row["step"] for row in results[0]["rows"]] == [50 * i for i in range(1, 9)]
     assert sorted(path.name for path in folder.glob("0001.lease-*")) == ["0001.lease-1", "0001.lease-2"]
@@ -426,7 +412,7 @@ def mixed(corpus, tmp_path):
 
 
 def test_table_is_sorted_and_says_what_was_equal(mixed):
-    """Best first, the unscored last with their reasons; tokens and FLOPs per trial, since sizes differ."""
+    """The best is first, the unscored are last with their reasons; each row has its tokens and FLOPs."""
     rows = worker.tabulate(mixed)
     assert [(row["trial"], row["state"], row["val_bpb"]) for row in rows] == [
         ("0003", "stopped", 2.1),
@@ -442,7 +428,7 @@ def test_table_is_sorted_and_says_what_was_equal(mixed):
 
 
 def test_best_config_is_what_02_takes(mixed, corpus):
-    """The best of those that ran to their end: one that was stopped early has not shown what it can."""
+    """best_config is the Config of the best trial that ran to its end, even if one that was stopped scored better."""
     best = worker.best_config(mixed)
     assert isinstance(best, train.Config)
     assert (best.learning_rate, best.n_head, best.num_iterations, best.seq_len) == (0.02, 3, 30, 24)
@@ -453,7 +439,7 @@ def test_best_config_is_what_02_takes(mixed, corpus):
 
 
 def test_picture_has_a_panel_for_each_parameter(mixed, capsys):
-    """Saved beside the trials, with the table; every trial that has a score is in each panel."""
+    """Table and picture are saved next to the trials, and the picture has content."""
     worker.show_results(mixed)
     picture = matplotlib.image.imread(mixed.folder / "results.png")
     assert picture.shape[1] > picture.shape[0] > 200 and picture[..., :3].std() > 0.05
