@@ -2,9 +2,12 @@
 
 import collections
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORT = ROOT / "tests" / "support"
@@ -39,3 +42,12 @@ def pytest_collection_modifyitems(items):
     """Files with the most slow tests go first: at the end one process would be alone with them."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C works before and after each test, also where pytest was started in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    after = signal.signal(signal.SIGINT, before)
+    assert after is signal.default_int_handler, "a handler was left behind"
