@@ -2,8 +2,8 @@
 
 import itertools
 
+from onechip.errors import in_notebook
 from onechip.files import atomic_write
-from onechip.machine import in_notebook
 
 _cells_with_a_picture = set()  # display ids of cells that show one already
 

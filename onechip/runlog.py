@@ -9,9 +9,8 @@ import time
 import warnings
 from pathlib import Path
 
-from onechip.errors import NonFiniteLoss
+from onechip.errors import NonFiniteLoss, in_notebook, say
 from onechip.files import atomic_write, telling_full_disk
-from onechip.machine import in_notebook
 from onechip.plots import show_picture
 
 # Names in metrics.jsonl -> in TensorBoard, which groups charts by the word before the slash and opens two groups.
@@ -158,7 +157,7 @@ class RunLog:
 
     def say(self, text):
         """Prints a line above the progress bar."""
-        self._bar.write(text)
+        say_above_bars(text)
 
     def close(self):
         """Ends the bar and closes the files."""
@@ -186,16 +185,16 @@ def progress_bar(**options):
 
     live = in_notebook() or sys.stderr.isatty()
     pace = {"mininterval": 1.0 if live else 60.0, "maxinterval": 60.0}  # a log file keeps every bar: one a minute
-    # A plain bar in a notebook is one line only if other text goes to the same stream. Trials of a sweep run in a thread:
-    # there a bar is removed at its end, so that the next trial starts on an empty line.
+    # A plain bar in a notebook is one line only if other text goes to the same stream. A sweep's trials run in a
+    # thread: there a bar is removed at its end, so that the next trial starts on an empty line.
     stream = sys.stdout if in_notebook() else sys.stderr
     leave = not in_notebook() or threading.current_thread() is threading.main_thread()
     return tqdm(file=stream, leave=leave, dynamic_ncols=True, **pace, **options)
 
 
 def say_above_bars(text):
-    """Prints a line at once, above the progress bars that are on screen; from any thread."""
+    """Prints a line as `say` does, above the progress bars that are on screen; from any thread."""
     from tqdm import tqdm
 
-    tqdm.write(text)
-    sys.stdout.flush()
+    with tqdm.external_write_mode():
+        say(text)

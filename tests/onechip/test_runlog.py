@@ -227,15 +227,18 @@ def test_the_bar_shows_speed_without_the_pauses(open_log, tmp_path, monkeypatch)
     assert log._bar.n == 31 and log._bar.total == 60
 
 
-def test_a_line_from_another_thread_leaves_the_bar_whole(monkeypatch):
-    """The bar is taken away, the line printed in its place, and the bar drawn again below it."""
-    terminal = io.StringIO()
+@pytest.mark.parametrize("encoding, line", [("utf-8", "upload: naïve\n"), ("ascii", "upload: na\\xefve\n")])
+def test_a_line_from_another_thread_leaves_the_bar_whole(monkeypatch, encoding, line):
+    """The bar is taken away, the line printed in its place, on any terminal, and the bar drawn again below it."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress_bar(total=3, unit="step", initial=1) as bar:
         bar.refresh()
-        thread = threading.Thread(target=say_above_bars, args=("upload: failed",))
+        thread = threading.Thread(target=say_above_bars, args=("upload: naïve",))
         thread.start()
         thread.join()
-        before, line, after = terminal.getvalue().partition("upload: failed\n")
-    assert "1/3" in before and before.split("\r")[-2].strip() == "" == before.split("\r")[-1] and "1/3" in after
+        terminal.flush()
+        before, found, after = terminal.buffer.getvalue().decode(encoding).partition(line)
+    assert found and "1/3" in before and "1/3" in after
+    assert before.split("\r")[-2].strip() == "" == before.split("\r")[-1]
