@@ -90,10 +90,10 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
 # %% [markdown]
 # ## What a tokenizer does
 #
-# A model reads numbers, not letters. Byte-level BPE starts with one token for each of the 256 bytes. It then merges the
-# pair of neighbouring tokens that occurs most often into a new token, and repeats that until the vocabulary is full.
-# Below it learns from three sentences: the more merges, the fewer tokens for the same words (a dot marks a boundary, an
-# underscore a space).
+# A model reads numbers, not letters. Byte-level BPE starts with one token for each of the 256 bytes. It then merges
+# the pair of neighbouring tokens that occurs most often into a new token, and repeats that until the vocabulary is
+# full. Below it learns from three sentences: the more merges, the fewer tokens for the same words (a dot marks a
+# boundary, an underscore a space).
 
 # %%
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -118,8 +118,8 @@ if __name__ == "__main__":
 # ## Setup
 #
 # Tokenizing is the CPU's work: nothing here uses the TPU or GPU. Libraries in Rust and C++ do the heavy part
-# (`tokenizers`, `tiktoken`, `pyarrow`). The Python around them only streams text, and has to supply more than a million
-# tokens a second, or the chip waits.
+# (`tokenizers`, `tiktoken`, `pyarrow`). The Python around them only streams text, and has to supply more than a
+# million tokens a second, or the chip waits.
 
 # %%
 import ast
@@ -141,6 +141,7 @@ import time
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -217,9 +218,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Data
 #
-# A corpus is a list of parquet shards with one string column, `text`. The last shard is held out: neither the tokenizer
-# nor the model is ever trained on it. The layout is that of nanochat's datasets, with about 53,000 documents in a shard
-# and about 1,000 in a row group.
+# A corpus is a list of parquet shards with one string column, `text`. The last shard is held out: neither the
+# tokenizer nor the model is ever trained on it. The layout is that of nanochat's datasets, with about 53,000 documents
+# in a shard and about 1,000 in a row group.
 
 
 # %%
@@ -311,8 +312,8 @@ if __name__ == "__main__":
 #
 # Every machine with Python holds about 11 MB of careful English and code: the sources of the standard library.
 #
-# - Modules longer than 10,000 characters become several documents, cut at blank lines before top-level statements where
-#   there are some. No text is lost.
+# - Modules longer than 10,000 characters become several documents, cut at blank lines before top-level statements
+#   where there are some. No text is lost.
 # - All pieces of one file go to the same shard, so no file is in both training and held-out text.
 # - Docstrings stay where they are. As documents of their own they would be in the corpus twice.
 
@@ -390,8 +391,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### FineWeb-Edu
 #
-# Karpathy's shuffle of 100 billion tokens of FineWeb-Edu: 1,823 shards of 90 MB. Each is a fair sample of the whole, so
-# any eight are a good start.
+# Karpathy's shuffle of 100 billion tokens of FineWeb-Edu: 1,823 shards of 90 MB. Each is a fair sample of the whole,
+# so any eight are a good start.
 #
 # - The revision is pinned to a commit: the same number of shards is always the same text.
 # - Eight shards download at a time, each with time-outs and a few retries.
@@ -486,8 +487,8 @@ if __name__ == "__main__":
 # Any folder with two or more `*.parquet` files that have a string column `text` will do. In the order of their names,
 # the last one is held out.
 #
-# The revision is a hash of the names and of the whole content, so a changed folder gets a tokenizer of its own. Hashing
-# takes a second per gigabyte; hashes are kept until a file's size or time stamps change.
+# The revision is a hash of the names and of the whole content, so a changed folder gets a tokenizer of its own.
+# Hashing takes a second per gigabyte; hashes are kept until a file's size or time stamps change.
 
 
 # %% cellView="form"
@@ -784,14 +785,14 @@ if __name__ == "__main__":
 # ### Encoding
 #
 # Encoding has to keep up with the chip. `tokenizers` spends 45 of 100 samples of it in its regular expressions, and as
-# much again in merging. `tiktoken` cuts and merges in the same way from the same table, and gives 2.5 times as many ids
-# per CPU second, equal to the last one (a test compares). It only encodes: training, decoding and the file stay with
-# `tokenizers`.
+# much again in merging. `tiktoken` cuts and merges in the same way from the same table, and gives 2.5 times as many
+# ids per CPU second, equal to the last one (a test compares). It only encodes: training, decoding and the file stay
+# with `tokenizers`.
 #
 # A very long document is encoded in pieces of at most 50,000 characters, because a million spaces in a row overflow
 # `tiktoken`'s stack. A piece ends before white space, where the pattern cuts anyway, so the ids are those of the whole
-# text; only 25,000 characters without white space are cut anywhere. A document of 50 MB takes five seconds on two cores
-# and half a gigabyte.
+# text; only 25,000 characters without white space are cut anywhere. A document of 50 MB takes five seconds on two
+# cores and half a gigabyte.
 
 # %%
 PIECE_CHARS = 50_000
@@ -819,6 +820,82 @@ def encode_batch(tokenizer, texts):
 if __name__ == "__main__":
     (ids,) = encode_batch(small, [text])
     print(f"{len(text):,} characters, {len(ids):,} ids, equal to the slow ones:", ids[1:] == small.encode(text).ids)
+
+# %% [markdown]
+# ### One stream of tokens
+#
+# Training reads documents as one endless stream of tokens, each document opened by `<|bos|>`. Each piece comes with
+# the stream's position right after it: epoch, shard, row group, document, and the tokens already made but not yet
+# used. From there another process continues at the very next token.
+
+
+# %%
+def token_stream(tokenizer, paths, batch_tokens, position=None, docs_per_call=32):
+    """Yields (tokens, position): int32 (batch_tokens + 1,), whose last token opens the next batch.
+
+    position: {"epoch", "shard", "row_group", "document": ints, "tokens": int32 array of tokens left over}.
+    32 documents a call are enough for the encoder's threads, and few enough to have tokens early.
+    """
+    names = ("shard", "row_group", "document")
+    position = position or {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "tokens": []}
+    epoch, place = position["epoch"], tuple(position[name] for name in names)
+    left = np.asarray(position["tokens"], np.int32)
+    whole_epoch, seen = place == (0, 0, 0), 0
+    while True:
+        documents = read_documents(paths, start=place)
+        while True:
+            while len(left) > batch_tokens:
+                batch, left = left[: batch_tokens + 1], left[batch_tokens:]
+                yield batch, {"epoch": epoch, **dict(zip(names, place, strict=True)), "tokens": left}
+            chunk = list(itertools.islice(documents, docs_per_call))
+            if not chunk:
+                break
+            place = chunk[-1][0]
+            ids = encode_batch(tokenizer, [text for _, text in chunk])
+            left = np.concatenate([left, *(np.asarray(i, np.int32) for i in ids)])
+            seen += sum(map(len, ids))
+        if whole_epoch and seen <= batch_tokens:
+            raise UserError(f"the corpus has {seen:,} tokens, too few for one batch of {batch_tokens:,}: add documents")
+        epoch, place, whole_epoch, seen = epoch + 1, (0, 0, 0), True, 0
+
+
+# %% [markdown]
+# The held-out set is a fixed number of tokens, cut into rows once, so that a run with another batch size is scored on
+# the very same tokens.
+
+
+# %%
+class HeldOut(NamedTuple):
+    """Validation rows x, y (R, T) int32, and the same text's bits per byte under gzip -9, document by document."""
+
+    x: np.ndarray
+    y: np.ndarray
+    gzip_bpb: float
+
+
+def load_held_out(tokenizer, corpus, eval_tokens, seq_len):
+    """The first eval_tokens tokens of the held-out shards as a HeldOut of rows of seq_len; UserError if too few."""
+    rows = max(1, eval_tokens // seq_len)
+    needed = rows * seq_len + 1
+    parts, total = [], 0
+    for _, text in read_documents(corpus.val):
+        parts.append(encode_batch(tokenizer, [text])[0])
+        total += len(parts[-1])
+        if total >= needed:
+            break
+    remedy = f"the held-out shards have {total:,} tokens: use at most that, less one sequence"
+    require(total >= needed, "eval_tokens", eval_tokens, remedy)
+    parts[-1] = parts[-1][: len(parts[-1]) - (total - needed)]
+    raw = token_byte_strings(tokenizer)
+    gzip_bpb = gzip_bits_per_byte(b"".join(raw[i] for i in ids) for ids in parts if len(ids) > 1)
+    tokens = np.concatenate(parts).astype(np.int32)
+    return HeldOut(tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1), gzip_bpb)
+
+
+if __name__ == "__main__":
+    pieces, place = zip(*itertools.islice(token_stream(small, offline_corpus().train, 1_000), 3), strict=True)
+    after = {name: value for name, value in place[-1].items() if name != "tokens"}
+    print(f"{len(pieces)} pieces of {len(pieces[0]):,} tokens; the stream is then at {after}")
 
 # %% [markdown]
 # ## Run

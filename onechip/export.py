@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from safetensors.numpy import load_file
 
 from onechip.card import model_card
-from onechip.checkpoints import newest_checkpoint
-from onechip.errors import UserError, first_line, require
+from onechip.checkpoints import load_arrays, newest_checkpoint, unflatten
+from onechip.errors import require
 from onechip.files import atomic_write, read_json
 from onechip.hub import load_hub, try_again
 from onechip.runfolder import ABOUT, CONFIG, PARAMS, STATE, TOKENIZER, RunFolder
+from onechip.weights import weight_shapes
 
 FOREIGN_WEIGHTS = "model.safetensors"  # in an export that another library reads
 
@@ -34,12 +34,12 @@ class ModelFiles(NamedTuple):
         """Whether the weights have another library's names and layout."""
         return self.weights.name != PARAMS
 
-    def load_arrays(self):
-        """{name: NumPy array} of the weights; UserError if the file is damaged."""
-        try:
-            return load_file(self.weights)
-        except Exception as error:  # safetensors' own error has no narrower class
-            raise UserError(f"{self.weights}: not a safetensors file ({first_line(error)}); get it again") from None
+    def load_params(self, config, model):
+        """The parameters as a pytree of NumPy arrays, of the model's structure; UserError names what does not fit."""
+        arrays = load_arrays(self.weights)
+        if self.foreign:
+            arrays = model.read(config, arrays)
+        return unflatten(weight_shapes(config, model.weights(config)), arrays)
 
     def make_config(self, config_class):
         """The Config that the model was trained with; UserError if its fields are not those of config_class."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 
 from onechip.chips import CHIPS, GIB, memory_limit, name_of
-from onechip.errors import UserError
+from onechip.errors import UserError, say, stop_here
 from onechip.estimate import (
     bytes_needed,
     layer_inputs,
@@ -23,7 +23,6 @@ from onechip.estimate import (
     resident_bytes,
     step_seconds,
 )
-
 
 MOST_MEMORY = 256 * GIB  # taken for a device whose memory is unknown: no TPU has more
 
@@ -147,6 +146,16 @@ def describe_time(config, fit, peak):
     rate = config.total_batch_size * config.seq_len / fit.step_seconds
     mfu = f", MFU {rate / peak:.1%}" if peak else ""
     return f"{1e3 * fit.step_seconds:.1f} ms a step, {rate / 1e3:,.0f} thousand tok/s{mfu}, {gib(fit.peak_bytes)} GiB"
+
+
+def show(work, config, further=False):
+    """Prints what a step needs, or refuses it. further: also looks for other batches, and then ends the program."""
+    fit = preflight(work, config)
+    say(describe(config, fit, peak_rate(work, config)))
+    if further:
+        for line in explore(work, config, fit):
+            say(line)
+        stop_here()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

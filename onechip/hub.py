@@ -13,6 +13,7 @@ from onechip.checkpoints import MANIFEST, find_damage, newest_checkpoint
 from onechip.errors import UserError, require, say
 from onechip.files import link_or_copy
 from onechip.hubclient import connect, describe_error, load_hub, status_of, try_again, without_bars
+from onechip.runfolder import ABOUT, CONFIG, METRICS, PARAMS, TOKENIZER
 from onechip.runlog import say_above_bars
 
 
@@ -71,6 +72,9 @@ def upload_folder(folder: Path, files: list[str], token: str | None, hub_repo: s
     return address
 
 
+OPENED = (PARAMS, CONFIG, METRICS, TOKENIZER, ABOUT)  # what of a checkpoint opens as a model, and shows how it learned
+
+
 class UploadReport:
     """What is printed about the uploads to a repository: a failure when it happens, a recovery, and a sum at the end.
 
@@ -117,6 +121,7 @@ class HubMirror:
         self._newest = None  # the checkpoint that was offered last
         self._whole = None  # the one that went up whole last
         self._exists = False  # whether the repository is known to exist
+        self._restored = False  # whether `restore` has looked
         self._report = UploadReport(repo, token)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "hub")
 
@@ -163,7 +168,7 @@ class HubMirror:
 
     def _commit(self, held, name, whole):
         add, delete = load_hub().CommitOperationAdd, load_hub().CommitOperationDelete
-        weights = ("params.safetensors", "config.json", "metrics.jsonl")
+        weights = [name for name in OPENED if (held / name).exists()]
         if not self._exists:
             self._api.create_repo(self.repo, private=True, exist_ok=True)
             self._exists = True
@@ -190,15 +195,20 @@ class HubMirror:
         """Brings the Hub's newest whole checkpoint to `folder`, if it is newer than the newest one there.
 
         If the one in `folder` is newer, it is offered. UserError if the Hub cannot be reached and `folder` has none.
+        Only the first call looks.
         """
+        if self._restored:
+            return
         here = newest_checkpoint(folder)
         try:
             names = self._list_checkpoints()
         except UserError as error:
             if here is None:  # a fresh start might lose a run
                 raise
+            self._restored = True
             say(f"checkpoint: resuming from {here} without a look at the Hub: {error}")
             return
+        self._restored = True
         for name in sorted(names, reverse=True):
             if here and name <= here.name:
                 break

@@ -23,12 +23,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from onechip.errors import require
+
 LANES = 128
 EPS = 2.0**-23  # float32's epsilon, added to a mean square, as the model's own norm does
 # Of JAX's kernel: 2048 does not fit VMEM, 512 took a quarter longer in the v6e timings of vorushin/tpuchat
 # (https://github.com/vorushin/tpuchat).
 SPLASH_BLOCK = 1024
 MOST_ENTRIES = 1 << 19  # of a head, T * H: beyond, the unrolled program grows past what compiles in minutes
+
+
+def check_kernel(attn_impl, seq_len, head_dim):
+    """Raises UserError unless the kernels of "splash" or "pallas" can take this many tokens and channels a head."""
+    blocks = f"attn_impl={attn_impl!r} works on blocks of 128 tokens: use a multiple of 128, or attn_impl='jax'"
+    require(seq_len % 128 == 0, "seq_len", seq_len, blocks)
+    if attn_impl == "pallas":
+        lanes = "attn_impl='pallas' works on 128 channels at a time: use a multiple of 128, or attn_impl='splash'"
+        require(head_dim % LANES == 0, "head_dim", head_dim, lanes)
+        most = f"attn_impl='pallas' holds a head whole: head_dim={head_dim} goes to {MOST_ENTRIES // head_dim}"
+        require(seq_len * head_dim <= MOST_ENTRIES, "seq_len", seq_len, f"{most}, attn_impl='splash' on")
 
 
 def block_size(T):

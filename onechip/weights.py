@@ -97,3 +97,16 @@ def count_by_kind(config, table):
     for weight in jax.tree.leaves(table):
         counts[weight.kind] += math.prod(weight.shape(config))
     return {**counts, "total": sum(counts.values())}
+
+
+def place_like(shapes, places, whole):
+    """A pytree of jax.ShapeDtypeStruct with shardings: each part that has the structure of `places` lies as that says.
+
+    shapes: say {"params": ..., "opt": {"mu": ..., "count": ...}}; places: a sharding for each parameter; whole: the
+    sharding of everything else.
+    """
+    structure = jax.tree.structure(places)
+    alike = lambda tree: jax.tree.structure(tree) == structure
+    put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    part = lambda tree: jax.tree.map(put, tree, places) if alike(tree) else put(tree, whole)
+    return jax.tree.map(part, shapes, is_leaf=alike)
