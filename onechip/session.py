@@ -28,6 +28,7 @@ from onechip.runlog import RunLog
 from onechip.settings import fixed_fields
 
 KEPT_ORIGIN = ("model", "optimizer", "tokenizer_sha256", "data")  # what a run keeps besides its fixed fields
+UNNAMED = ("model", "optimizer")  # in checkpoints written before 2026-11-21
 
 
 def compare_with_checkpoint(path, config, origin, accept=()):
@@ -36,26 +37,29 @@ def compare_with_checkpoint(path, config, origin, accept=()):
     origin: what else the run depends on, a dict that JSON can hold: model, optimizer, data, tokenizer, commit,
     versions, device. accept: names in it that may change although a run keeps them.
     """
+    made_from = read_json(Path(path) / STATE).get("made_from")
+    was = made_from if isinstance(made_from, dict) else {}
+    changed = [name for name, value in origin.items() if value != was.get(name)]
+    changed = [name for name in changed if name in was or name not in UNNAMED]
+    for name in changed:  # first: another model has other settings as well
+        way_out = " or set --other_data true" if name == "data" else ""
+        remedy = f"{path} was trained with {was.get(name)!r}; use that, give the new run another name{way_out}"
+        require(name in accept or may_change(name, was.get(name), origin[name]), name, origin[name], remedy)
     before, now = read_json(Path(path) / CONFIG), dataclasses.asdict(config)
     fixed = fixed_fields(config)
     for name in (name for name in now if now[name] != before.get(name)):
         remedy = f"{path} was trained with {before.get(name)!r}; set that, or give the new run another name"
         require(name not in fixed, name, now[name], remedy)
         say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
-    made_from = read_json(Path(path) / STATE).get("made_from")
-    origin_before = made_from if isinstance(made_from, dict) else {}
-    for name, value in origin.items():
-        was = origin_before.get(name)
-        unnamed = name in ("model", "optimizer") and was is None  # before 2026-11-21
-        if value == was or unnamed:
-            continue
-        kept = name in KEPT_ORIGIN and was is not None and name not in accept
-        if name == "data" and kept:
-            kept = any(value[key] != was.get(key) for key in ("name", "revision"))  # more shards are no other text
-        way_out = " or set --other_data true" if name == "data" else ""
-        remedy = f"{path} was trained with {was!r}; use that, give the new run another name{way_out}"
-        require(not kept, name, value, remedy)
-        say(f"changed: {name} is {value}, was {was} up to here")
+    for name in changed:
+        say(f"changed: {name} is {origin[name]}, was {was.get(name)} up to here")
+
+
+def may_change(name, before, now):
+    """Whether a run may resume with another value of this part of its origin; more shards are no other text."""
+    if name == "data" and isinstance(before, dict) and isinstance(now, dict):
+        return all(before.get(key) == now.get(key) for key in ("name", "revision"))
+    return name not in KEPT_ORIGIN or before is None
 
 
 def find_tokenizer(folder, mirror=None):

@@ -1,4 +1,4 @@
-"""02's data: the stream of tokens, its batches, the held-out set and the score on it."""
+"""What 02 learns from and is scored on: the stream of tokens, its batches, the held-out rows and their score."""
 
 import functools
 import importlib
@@ -32,7 +32,7 @@ BATCH = 144  # tokens
 def test_the_stream_is_every_document_once_per_epoch_in_order(corpus, tokenizer, docs_per_call):
     """Batch i is tokens i*n to i*n+n inclusive of the packed text, across shards, row groups and the epoch's end."""
     packed = pack(tokenizer, corpus.train, epochs=3)
-    stream = train.token_stream(tokenizer, corpus.train, BATCH, docs_per_call=docs_per_call)
+    stream = tok.token_stream(tokenizer, corpus.train, BATCH, docs_per_call=docs_per_call)
     count = (len(packed) - 1) // BATCH
     assert count > 40 and len(packed) // 3 % BATCH, "the epoch's end should fall inside a batch"
     for i in range(count):
@@ -45,7 +45,7 @@ def test_the_stream_is_every_document_once_per_epoch_in_order(corpus, tokenizer,
 def test_a_document_that_spells_a_special_token_does_not_end(corpus, tokenizer):
     """ "<|bos|>" in a document is text: the only bos ids in the stream are those that open documents."""
     assert any("<|bos|>" in text for text in texts_of(corpus.train))
-    stream = train.token_stream(tokenizer, corpus.train, len(pack(tokenizer, corpus.train)) - 1)
+    stream = tok.token_stream(tokenizer, corpus.train, len(pack(tokenizer, corpus.train)) - 1)
     tokens, _ = next(stream)
     assert (tokens == tokenizer.token_to_id("<|bos|>")).sum() == len(texts_of(corpus.train))
 
@@ -56,7 +56,7 @@ def test_the_stream_resumes_exactly_from_the_position_of_every_batch(corpus, tok
 
     Its own positions may cut the stream elsewhere: documents are read in groups, counted from where it began.
     """
-    make = functools.partial(train.token_stream, tokenizer, corpus.train, BATCH, docs_per_call=docs_per_call)
+    make = functools.partial(tok.token_stream, tokenizer, corpus.train, BATCH, docs_per_call=docs_per_call)
     straight = list(itertools.islice(make(), 2 * len(pack(tokenizer, corpus.train)) // BATCH))
     places = set()
     for i, (_, position) in enumerate(straight[:-1]):
@@ -88,9 +88,9 @@ def test_a_corpus_of_too_few_tokens_is_one_line(corpus, tokenizer):
     """A corpus shorter than one batch is refused at the first batch and not trained on over and over."""
     total = len(pack(tokenizer, corpus.train))
     with pytest.raises(UserError, match=f"{total:,} tokens") as caught:
-        next(train.token_stream(tokenizer, corpus.train, total))
+        next(tok.token_stream(tokenizer, corpus.train, total))
     assert is_one_line(caught.value) and f"{total:,}" in str(caught.value)
-    assert len(next(train.token_stream(tokenizer, corpus.train, total - 1))[0]) == total
+    assert len(next(tok.token_stream(tokenizer, corpus.train, total - 1))[0]) == total
 
 
 def test_an_empty_corpus_does_not_spin(tmp_path, tokenizer):
@@ -98,7 +98,7 @@ def test_an_empty_corpus_does_not_spin(tmp_path, tokenizer):
     for i in range(2):
         pq.write_table(pa.table({"text": pa.array(["", ""], pa.string())}), tmp_path / f"shard_{i}.parquet")
     with pytest.raises(UserError, match="too few"):
-        next(train.token_stream(tokenizer, tuple(tmp_path.glob("*.parquet")), BATCH))
+        next(tok.token_stream(tokenizer, tuple(tmp_path.glob("*.parquet")), BATCH))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def byte_lengths(tokenizer):
 def test_held_out_rows_and_their_gzip_figure(corpus, tokenizer, rows):
     """The first eval_tokens held-out tokens, and gzip -9 of each document's bytes, the last one cut as they are."""
     config = tiny(eval_tokens=rows * 24 + 23)  # what does not fill a row is left out
-    held_out = train.load_held_out(tokenizer, corpus, config)
+    held_out = tok.load_held_out(tokenizer, corpus, config.eval_tokens, 24)
     n = rows * 24
     packed = pack(tokenizer, corpus.val)
     for a, start in ((held_out.x, 0), (held_out.y, 1)):
@@ -140,9 +140,9 @@ def test_more_eval_tokens_than_there_are_is_one_line(corpus, tokenizer):
     """Too large an eval_tokens is refused with the field, its value and how many tokens there are; one less works."""
     total = len(pack(tokenizer, corpus.val))
     most = (total - 1) // 24 * 24
-    assert len(train.load_held_out(tokenizer, corpus, tiny(eval_tokens=most)).x) == most // 24
+    assert len(tok.load_held_out(tokenizer, corpus, most, 24).x) == most // 24
     with pytest.raises(UserError, match="eval_tokens=") as caught:
-        train.load_held_out(tokenizer, corpus, tiny(eval_tokens=most + 24))
+        tok.load_held_out(tokenizer, corpus, most + 24, 24)
     assert f"{total:,}" in str(caught.value) and is_one_line(caught.value)
 
 
