@@ -402,9 +402,10 @@ def read_evaluations(run_dir):
 def attempt(job, corpus):
     """Trains a Job's model; returns its Outcome, or raises what went wrong."""
     config = trial_config(job.parameters)
-    task = train.pretraining(config, corpus, tok.get_tokenizer(corpus, config.vocab_size))
+    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
     train.preflight(config)  # DoesNotFit comes before anything is on the device
     job.on_start(config)
+    task = train.pretraining(config, corpus, tokenizer)
 
     def listen(row):
         if row["step"] < config.num_iterations:  # a complete trial is not ended early
