@@ -102,6 +102,8 @@ import onechip  # noqa: F401  (before jax: it keeps an idle libtpu quiet)
 import jax
 import jax.numpy as jnp
 
+from onechip.machine import prepare
+
 
 def train_toy(steps=60):
     """Trains one layer of causal attention on bytes for a few seconds; prints its loss in nats per byte."""
@@ -132,6 +134,7 @@ def train_toy(steps=60):
 
 
 if __name__ == "__main__":
+    prepare()
     train_toy()
 
 # %% [markdown]
@@ -167,7 +170,7 @@ from onechip.errors import UserError, require
 from onechip.export import export_weights, find_model, find_model_files, list_files, write_card
 from onechip.hub import open_mirror, upload_folder
 from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_and_norm, soft_cap
-from onechip.machine import git_commit, give_back_machine, open_tensorboard, prepare, read_secret
+from onechip.machine import git_commit, give_back_machine, open_tensorboard, read_secret
 from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
 from onechip.session import Session, find_tokenizer
@@ -210,7 +213,7 @@ class TrainConfig:
     dtype: str = setting("bfloat16", "compute type; master weights stay float32", choices=("bfloat16", "float32"))
     device_batch_size: int = setting(4, "sequences per microbatch and device", at_least=1)
     total_batch_size: int = setting(64, "sequences per step, on all devices, accumulated", fixed=True, at_least=1)
-    num_iterations: int = setting(20000, "optimizer steps", at_least=1)
+    num_iterations: int = setting(20000, "optimizer steps", at_least=1, at_most=2**31 - 1)
     learning_rate: float = setting(7e-4, "peak learning rate", above=0)
     weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", at_least=0)
     beta1: float = setting(0.9, "AdamW: decay of the first moment", at_least=0, below=1)
@@ -1260,7 +1263,6 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
 OVERRIDES = ""  # @param ["", "--preset laptop", "--n_head 6 --num_iterations 2000"] {allow-input: true}
 
 if __name__ == "__main__":
-    prepare()
     run, config = choose(Config, PRESETS, OVERRIDES)
     print(describe_model(config))
     show_fit(config, run.preflight)

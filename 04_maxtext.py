@@ -160,7 +160,8 @@ class Config(train.TrainConfig):
 
 # %%
 if __name__ == "__main__":
-    print({letter: size for letter, size in Config().sizes.items()})
+    prepare()
+    print(Config().sizes)
 
 # %% [markdown]
 # ## Model
@@ -372,7 +373,6 @@ PRESETS = {"chip": {}, "gpu": train.PRESETS["gpu"], "laptop": train.PRESETS["lap
 OVERRIDES = ""  # @param ["", "--preset laptop", "--compare v6e:1x1"] {allow-input: true}
 
 if __name__ == "__main__":
-    prepare()
     run, config = choose(Config, PRESETS, OVERRIDES, CompareRun)
     print(train.describe_model(config, SWIGLU))
     if run.wants_table():

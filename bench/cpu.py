@@ -31,6 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from onechip.loader import PrefetchDataLoader
+from onechip.machine import keep_freed_memory, prepare  # noqa: F401  (prepare: for the processes of bench_start)
+
 ROUNDS = 3
 PLAIN = dict(attn_impl="einsum", dtype="float32", window_pattern="L", head_dim=128, loss_slice=1024)
 SHAPES = {
@@ -72,12 +75,12 @@ class Stepper:
     def __init__(self, config):
         self.config, self.mesh = config, train.make_mesh()
         self.step = train.make_train_step(config, self.mesh)
-        self.state, self.constants = train.init_state(config, self.mesh)
+        self.state = train.init_state(config, self.mesh)
         shape = (config.total_batch_size, config.seq_len)
         self.tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
 
     def __call__(self):
-        self.state, metrics = self.step(self.state, self.constants, self.tokens, self.tokens)
+        self.state, metrics = self.step(self.state, {"x": self.tokens, "y": self.tokens})
         metrics["loss"].block_until_ready()
 
 
@@ -102,8 +105,7 @@ FIRST_STEP = """
 import importlib, sys
 sys.path.insert(0, {root!r})
 bench = importlib.import_module("bench.cpu")
-bench.train.common.keep_freed_memory()
-bench.train.common.keep_compiled()
+bench.prepare()
 bench.Stepper(bench.config_of("small"))()
 """
 
@@ -145,7 +147,7 @@ def offline_tokens(config):
     corpus = tok.get_corpus("offline", 0)
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
     batch_tokens = config.total_batch_size * config.seq_len
-    stream = lambda: train.batches_from(train.token_stream(tokenizer, corpus.train, batch_tokens), config)
+    stream = lambda: train.batches_from(tok.token_stream(tokenizer, corpus.train, batch_tokens), config)
     return stream, tokenizer, [text for _, text in tok.read_documents(corpus.train)]
 
 
@@ -166,7 +168,7 @@ def bench_tokenizer():
         return time.perf_counter() - start
 
     encode = lambda: sum(len(ids) for i in range(0, 640, 32) for ids in tok.encode_batch(tokenizer, texts[i : i + 32]))
-    read = lambda: sum(x.size for (x, _), _ in itertools.islice(stream(), 250))
+    read = lambda: sum(batch["x"].size for batch, _ in itertools.islice(stream(), 250))
     result = {"train_seconds": summarize([timed_training() for _ in range(ROUNDS)], 2)}
     encoded, streamed = zip(*((per_second(encode), per_second(read)) for _ in range(ROUNDS)), strict=True)
     for name, figures in (("encode", encoded), ("stream", streamed)):
@@ -182,11 +184,12 @@ def bench_loader():
     stream, _, _ = offline_tokens(stepper.config)
     for _ in range(ROUNDS):
         without.append(rate(stepper, stepper.tokens.size, 6.0))
-        with train.PrefetchDataLoader(stream()) as loader:
+        with PrefetchDataLoader(stream()) as loader:
 
             def step():
                 start = time.perf_counter()
-                (stepper.tokens, _), _ = next(loader)
+                batch, _ = next(loader)
+                stepper.tokens = batch["x"]
                 waited.append(time.perf_counter() - start)
                 stepper()
 
@@ -212,7 +215,7 @@ def measure(name):
 def main(names):
     if names[:1] == ["--in-this-process"]:
         if names[1] != "tokenizer":
-            train.common.keep_freed_memory()  # as 02 does
+            keep_freed_memory()  # as 02 does
         with contextlib.redirect_stdout(sys.stderr):
             result = BENCHES[names[1]]()
     else:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
+import numpy as np
 
-from onechip.checkpoints import CheckpointWriter
+from onechip.checkpoints import CheckpointWriter, pack_state
 from onechip.machine import home
 
 train = importlib.import_module("02_train")
@@ -44,15 +45,17 @@ def watch_run(steps=2000):
             print(json.dumps({"step": row["step"], "resident_mb": round(resident() / 1e6)}), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        train.train(config, corpus, tokenizer, folder, prompts=["import "], on_log=on_log)
+        task = train.pretraining(config, corpus, tokenizer)
+        sample = train.make_sample_writer(config, tokenizer, ["import "])
+        train.train(config, task, folder, sample=sample, on_log=on_log)
 
 
 def watch_state(preset="chip"):
     """Writes one checkpoint of a preset's model, and prints the pause, the writing time and the peak on the host."""
     config, mesh = train.Config(**train.PRESETS[preset]), train.make_mesh()
-    state, _ = train.init_state(config, mesh)
+    state = train.init_state(config, mesh)
     state = jax.block_until_ready(jax.tree.map(lambda a: a + 1, state))  # moments of zeros would share one page
-    stream = {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "tokens": [1] * 100_000}
+    stream = {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "tokens": np.ones(100_000, np.int32)}
     before, peak, done = resident(), [0], threading.Event()
 
     def look():
@@ -62,7 +65,7 @@ def watch_state(preset="chip"):
     threading.Thread(target=look, daemon=True).start()
     with tempfile.TemporaryDirectory(dir=home()) as folder:
         writer, began = CheckpointWriter(folder), time.perf_counter()
-        writer.save(0, train.checkpoint_files(config, state, stream, {}))
+        writer.save(0, pack_state(state, stream, {}, config))
         pause = time.perf_counter() - began
         writer.wait()
         total = time.perf_counter() - began
