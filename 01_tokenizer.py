@@ -830,6 +830,17 @@ if __name__ == "__main__":
 
 
 # %%
+def take_documents(documents, count, chars=1_000_000):
+    """The next `count` (position, text) of an iterator, fewer once they have `chars` characters; [] at its end."""
+    taken, total = [], 0
+    for position, text in itertools.islice(documents, count):
+        taken.append((position, text))
+        total += len(text)
+        if total >= chars:
+            break
+    return taken
+
+
 def token_stream(tokenizer, paths, batch_tokens, position=None, docs_per_call=32):
     """Yields (tokens, position): int32 (batch_tokens + 1,), whose last token opens the next batch.
 
@@ -847,7 +858,7 @@ def token_stream(tokenizer, paths, batch_tokens, position=None, docs_per_call=32
             while len(left) > batch_tokens:
                 batch, left = left[: batch_tokens + 1], left[batch_tokens:]
                 yield batch, {"epoch": epoch, **dict(zip(names, place, strict=True)), "tokens": left}
-            chunk = list(itertools.islice(documents, docs_per_call))
+            chunk = take_documents(documents, docs_per_call)
             if not chunk:
                 break
             place = chunk[-1][0]

@@ -139,6 +139,17 @@ def test_long_documents_are_read_whole(tmp_path):
     assert [text for _, text in tok.read_documents([path])] == texts
 
 
+def test_documents_are_taken_in_small_numbers():
+    """A call takes 32 short documents, or a single very long one; together the calls take each document once."""
+    sizes = [10] * 70 + [3_000_000, 600_000, 600_000] + [5] * 3
+    documents = [((0, 0, i), "x" * size) for i, size in enumerate(sizes)]
+    stream, calls = iter(documents), []
+    while taken := tok.take_documents(stream, 32):
+        calls.append(taken)
+    assert [len(taken) for taken in calls] == [32, 32, 7, 2, 3]
+    assert [pair for taken in calls for pair in taken] == documents
+
+
 # ---- the offline corpus
 
 
