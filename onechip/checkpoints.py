@@ -215,11 +215,13 @@ def newest_checkpoint(folder):
 
 
 def clear_leftovers(folder):
-    """Removes what a killed process left half-written, half-uploaded or half-downloaded under `folder`."""
+    """Removes what a killed process left half-written, half-uploaded or half-downloaded in `folder`; no more."""
     for left in Path(folder).glob(".*"):
         ours = re.fullmatch(r"\.(step|nonfinite)_[0-9]{8,}\.(part|upload|download)", left.name)
-        if ours and left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+        draft = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}\.part", left.name)  # of atomic_write: a folder with one file in it
+        if left.is_dir() and not left.is_symlink():
+            if ours or (draft and {path.name for path in left.iterdir()} <= {draft[1]}):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 class CheckpointWriter:

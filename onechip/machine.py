@@ -70,7 +70,7 @@ def keep_compiled():
 def keep_freed_memory():
     """Has the C library keep what XLA frees after each step on a CPU, instead of returning it to the system.
 
-    Fresh pages for XLA's temporaries cost a fifth of a small model's step (LOG.md, "Page faults"). These are glibc's settings
+    Fresh pages for XLA's temporaries cost a fifth of a small model's step (LOG.md, "Page faults"). These are glibc's
     M_ARENA_MAX 1, M_MMAP_MAX 0 and M_TRIM_THRESHOLD never, for threads started later: call it before JAX is used. A C
     library without mallopt is left as it is.
     """

@@ -55,6 +55,11 @@ class RunFolder:
         return self.path / TOKENIZER
 
     @property
+    def lock(self):
+        """Says which process has the run."""
+        return self.path / ".owner.json"
+
+    @property
     def picture(self):
         """The loss curve."""
         return self.path / "loss.png"

@@ -20,6 +20,7 @@ from onechip.checkpoints import (
 from onechip.errors import NonFiniteLoss, require, say
 from onechip.files import atomic_write, read_json, write_json
 from onechip.loader import PrefetchDataLoader
+from onechip.lock import RunLock
 from onechip.machine import deferred_interrupt
 from onechip.plots import plot_losses, show_picture
 from onechip.profile import ProfileWindow
@@ -87,8 +88,9 @@ class Session:
     def __init__(self, folder, config, origin, *, metric="val_loss", accept=(), mirror=None, notes=None, on_log=None):
         """origin: what the run is made from, as JSON; metric: the score whose lowest value marks the best checkpoint.
 
-        accept: what of the origin may differ from the checkpoint's; on_log(row) gets every row of metrics.jsonl as a
-        dict; mirror is a HubMirror; notes, JSON, travel in the checkpoints.
+        accept: what of the origin may differ from the checkpoint's, and "owner" to take the run from another process;
+        on_log(row) gets every row of metrics.jsonl as a dict; mirror is a HubMirror; notes, JSON, travel in the
+        checkpoints.
         """
         self.config, self.folder, self.origin, self.metric = config, RunFolder(folder), origin, metric
         self.accept, self.mirror, self.on_log = accept, mirror, on_log
@@ -102,6 +104,10 @@ class Session:
 
     def __enter__(self):
         self._interrupt = self._closing.enter_context(deferred_interrupt())
+        with contextlib.ExitStack() as opening:  # a refusal puts the signals back as they were
+            opening.callback(self._closing.close)
+            self._lock = self._closing.enter_context(RunLock(self.folder.lock, "owner" in self.accept))
+            opening.pop_all()
         return self
 
     def __exit__(self, *exception):
@@ -112,7 +118,8 @@ class Session:
 
         like: the state's pytree as jax.ShapeDtypeStruct with shardings. UserError: a checkpoint of another run.
         """
-        clear_leftovers(self.folder.checkpoints)
+        for folder in (self.folder.path, self.folder.model, self.folder.checkpoints):
+            clear_leftovers(folder)
         if self.mirror:
             self.mirror.restore(self.folder.checkpoints)
         path = newest_checkpoint(self.folder.checkpoints)
@@ -185,6 +192,8 @@ class Session:
     def advance(self, train_step):
         """Trains on the next batch: train_step(state, batch) -> (state, metrics)."""
         self._writer.check()
+        if self._lock.lost:
+            self._lock.check()
         batch, position = next(self._loader)
         done = self.step - self._first
         self._torn = True  # the old state is donated, the new one and its position are not both here yet
@@ -199,6 +208,7 @@ class Session:
         with self.log.pause():
             if self.step == self._saved_step:
                 return
+            self._lock.check()
             if not all_finite(self.state["params"]):  # a step too long, not a bad gradient: its loss comes next
                 raise NonFiniteLoss(f"step {self.step} left parameters that are not finite: lower learning_rate")
             self._writer.wait()  # before the copy: the host must not hold two

@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -706,3 +708,18 @@ def test_a_checkpoint_without_an_origin_is_compared_all_the_same(checkpoint, cap
     with refused:
         compare_with_checkpoint(checkpoint, Config(), {"commit": "abc"})
         assert capsys.readouterr().out == "changed: commit is abc, was None up to here\n"
+
+
+def test_half_written_files_of_a_killed_process_are_swept(tmp_path):
+    """What atomic_write left when its process was killed goes at the next start; a person's folders stay."""
+    program = (
+        "import os, sys; from onechip.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as draft:\n    draft.write_text('half'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "loss.png")], check=False)
+    theirs = tmp_path / ".mine.12345678.part"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("kept")
+    assert len(list(tmp_path.iterdir())) == 2
+    clear_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [theirs] and (theirs / "notes.txt").exists()

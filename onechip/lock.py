@@ -1,0 +1,127 @@
+"""One owner of a run at a time, also on a shared disk, and also after a kill."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from onechip.errors import UserError
+from onechip.files import fsync_path
+
+BEAT = 10.0  # seconds between signs of life
+SILENCE = 60.0  # seconds without one after which an owner on another machine is taken for dead
+
+
+def process_start(pid):
+    """When a process was started, as the kernel counts; None if there is no such process, "" if it cannot be told."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:  # not ours to signal: it is there
+        pass
+    try:  # /proc only on Linux; the command's name, in parentheses, may hold anything
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+class RunLock:
+    """A context manager that holds a run's folder; UserError, one line, if a living process has it.
+
+    The lock is a file that says who has the run since when. An owner on this machine is dead if its process is gone;
+    on another one, if its file has not been touched for a minute, by the file system's own clock. take_over: take the
+    run from a living owner, whose next `check` fails. `lost`: whether a heartbeat found that this has happened.
+    """
+
+    def __init__(self, path, take_over=False):
+        self._path, self._take_over = Path(path), take_over
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._me = {**me, "process": process_start(os.getpid()), "token": uuid.uuid4().hex}
+        self.lost, self._ended = False, threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+
+    def __enter__(self):
+        folder = self._path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._claim()
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._ended.set()
+        self._thread.join()
+        if self._is_mine():
+            self._path.unlink(missing_ok=True)
+
+    def check(self):
+        """Raises UserError if another process has taken the run over."""
+        if not self._is_mine() and self._read() is not None:
+            raise UserError(
+                f"{self._path.parent}: {self._describe(self._read())} has taken this run over; it ends here"
+            )
+
+    def _claim(self):
+        if not self._create():
+            owner = self._read()
+            if owner is not None and not self._take_over and self._lives(owner):
+                remedy = f"wait for it, end it, or choose another --name. If it is gone, delete {self._path}"
+                raise UserError(f"{self._path.parent}: {self._describe(owner)} has this run; {remedy}")
+            self._replace()
+
+    def _create(self):
+        """Whether the lock was free; one of many callers gets it."""
+        try:
+            with open(self._path, "x") as file:
+                file.write(json.dumps(self._me) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            return True
+        except FileExistsError:
+            return False
+
+    def _replace(self):
+        """Takes a dead owner's lock; if two do so at once, the last one has it and the other is refused."""
+        draft = self._path.with_name(f"{self._path.name}.{self._me['token']}")
+        draft.write_text(json.dumps(self._me) + "\n")
+        fsync_path(draft)
+        os.replace(draft, self._path)
+        time.sleep(0.2)
+        self.check()
+
+    def _read(self):
+        """The owner as a dict, or None if there is no lock that can be read."""
+        try:
+            owner = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return None
+        return owner if isinstance(owner, dict) else None
+
+    def _is_mine(self):
+        return (self._read() or {}).get("token") == self._me["token"]
+
+    def _lives(self, owner):
+        if owner.get("host") == socket.gethostname() and isinstance(owner.get("pid"), int):
+            started = process_start(owner["pid"])
+            return started is not None and started in ("", owner.get("process"))
+        probe = self._path.with_name(f"{self._path.name}.{self._me['token']}")
+        probe.write_text("")
+        age = probe.stat().st_mtime - self._path.stat().st_mtime
+        probe.unlink()
+        return age < SILENCE
+
+    def _describe(self, owner):
+        return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')},"
+
+    def _beat(self):
+        while not self._ended.wait(BEAT):
+            with contextlib.suppress(OSError):  # a shared disk that is away for a moment
+                os.utime(self._path)
+            self.lost = (self._read() or self._me).get("token") != self._me["token"]

@@ -1,0 +1,133 @@
+"""onechip/lock.py: one owner of a run at a time, with real processes, kills and a clock that is somebody else's."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from onechip import lock
+from onechip.errors import UserError
+from onechip.lock import RunLock
+
+HOLD = """
+import sys, time
+from onechip.lock import RunLock
+with RunLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(path):
+    """A process that holds the lock until its stdin is closed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_owner_is_refused_until_the_first_has_ended(tmp_path):
+    """One line that says who has the run since when, and what to do; then it is free."""
+    first = hold(tmp_path / "owner")
+    with pytest.raises(
+        UserError, match=rf"process {first.pid} on .*, since \d{{4}}-.* has this run; .*--name"
+    ) as caught:
+        RunLock(tmp_path / "owner").__enter__()
+    assert "\n" not in str(caught.value) and str(tmp_path / "owner") in str(caught.value)
+    first.communicate()
+    assert not (tmp_path / "owner").exists()
+    with RunLock(tmp_path / "owner"):
+        assert (tmp_path / "owner").exists()
+
+
+def test_a_killed_owner_has_nothing(tmp_path):
+    """kill -9 leaves the file; the next start takes the run at once, and leaves nothing else behind."""
+    first = hold(tmp_path / "owner")
+    first.kill()
+    first.communicate()
+    assert (tmp_path / "owner").exists()
+    with RunLock(tmp_path / "owner"):
+        assert json.loads((tmp_path / "owner").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_owner_still_has_it(tmp_path):
+    """A process that is stopped (Ctrl-Z) may continue any moment."""
+    first = hold(tmp_path / "owner")
+    first.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(UserError, match="has this run"):
+            RunLock(tmp_path / "owner").__enter__()
+    finally:
+        first.send_signal(signal.SIGCONT)
+        first.communicate()
+
+
+def test_a_process_number_given_again_is_another_process(tmp_path):
+    """After a reboot some other process may have the owner's number: its start tells them apart."""
+    with RunLock(tmp_path / "owner"):
+        left = (tmp_path / "owner").read_text()
+    (tmp_path / "owner").write_text(json.dumps(json.loads(left) | {"process": "1"}))
+    with RunLock(tmp_path / "owner"):
+        pass
+
+
+def test_an_owner_on_another_machine_is_dead_after_a_minute_of_silence(tmp_path):
+    """By the file's own time stamp: no process of that machine can be looked at, and clocks differ."""
+    with RunLock(tmp_path / "owner"):
+        left = json.loads((tmp_path / "owner").read_text())
+    (tmp_path / "owner").write_text(json.dumps(left | {"host": "elsewhere", "token": "theirs"}))
+    with pytest.raises(UserError, match="on elsewhere"):
+        RunLock(tmp_path / "owner").__enter__()
+    long_ago = time.time() - 2 * lock.SILENCE
+    os.utime(tmp_path / "owner", (long_ago, long_ago))
+    with RunLock(tmp_path / "owner"):
+        pass
+
+
+def test_an_owner_keeps_its_file_fresh(tmp_path, monkeypatch):
+    """A heartbeat touches the file, which is all that another machine sees."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    with RunLock(tmp_path / "owner"):
+        os.utime(tmp_path / "owner", (1, 1))
+        deadline = time.monotonic() + 10
+        while (tmp_path / "owner").stat().st_mtime < 100 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / "owner").stat().st_mtime > 100
+
+
+def test_an_owner_learns_that_its_run_was_taken(tmp_path, monkeypatch):
+    """take_over asks nobody; the old owner's check fails and its end does not remove the new owner's file."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    old = RunLock(tmp_path / "owner").__enter__()
+    new = RunLock(tmp_path / "owner", take_over=True).__enter__()
+    with pytest.raises(UserError, match="has taken this run over"):
+        old.check()
+    deadline = time.monotonic() + 10
+    while not old.lost and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert old.lost and not new.lost
+    new.check()
+    old.__exit__()
+    assert (tmp_path / "owner").exists()
+    new.__exit__()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_lock_that_cannot_be_read_holds_nothing(tmp_path, content):
+    """A machine that died while writing it must not lock a run for ever."""
+    (tmp_path / "owner").write_text(content)
+    with RunLock(tmp_path / "owner"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
+    """--out that is a file, or below one, is refused with the reason before anything is trained."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written to .*; choose another --out"):
+        RunLock(tmp_path / "file" / "run" / "owner").__enter__()
