@@ -271,7 +271,8 @@ def imports_of(tree):
             whole = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "onechip" else []
             found |= dict.fromkeys([node.module, *whole], node.lineno)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            found[node.args[0].value] = node.lineno
+            if isinstance(node.args[0], ast.Constant):  # a name that is known before it runs
+                found[node.args[0].value] = node.lineno
     return found
 
 
