@@ -140,11 +140,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Setup
 #
-# Importing this file defines things and does nothing else: the few cells that do something are under `if __name__ ==
-# "__main__":`. Documents and tokens come from `01_tokenizer`, plumbing from `onechip/`.
-#
-# Shapes are written with nine letters, in comments and in lower case in einsums, as in *How to Scale Your Model*
-# (Austin et al., 2025):
+# Importing this file defines things and does nothing else: what runs is under `if __name__ == "__main__":`. Documents
+# and tokens come from `01_tokenizer`, plumbing from `onechip/`. Shapes are written with nine letters, in lower case in
+# einsums, as in *How to Scale Your Model* (Austin et al., 2025):
 #
 # | B | T | D | N | K | H | F | L | V |
 # |---|---|---|---|---|---|---|---|---|
@@ -156,7 +154,6 @@ import functools
 import importlib
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,14 +163,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from onechip import fit
 from onechip.card import PLAIN_WEIGHTS, describe_result
 from onechip.chips import topology_devices
+from onechip.doors import Model, Optimizer, Task
 from onechip.errors import UserError, require
 from onechip.export import export_weights, find_model, find_model_files, list_files, write_card
 from onechip.hub import open_mirror, upload_folder
 from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_and_norm, soft_cap
-from onechip.machine import git_commit, give_back_machine, open_tensorboard, read_secret
+from onechip.machine import give_back_machine, open_tensorboard, read_secret
 from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
-from onechip.session import Session, find_tokenizer
+from onechip.session import Session, describe_machine, find_tokenizer
 from onechip.settings import check_fields, choose, setting
 from onechip.weights import Weight, cast_weights, constant, count_by_kind, draw_weights, normal, place_like, uniform
 
@@ -182,13 +180,11 @@ tok = importlib.import_module("01_tokenizer")
 # %% [markdown]
 # ## Config
 #
-# Every number that you may want to change is a field here, with its rule and its help: `--help` prints them.
-# `TrainConfig` holds what training needs of any model, `Config` adds the sizes of this one.
+# Every number that you may want to change is a field here, with its rule and its help: `--help` prints them. Bad
+# values are refused at once, with the field, the value and what would be right.
 #
-# - **One knob scales it**: `n_head`. The width is `n_head * head_dim`, and there is one layer per `aspect_ratio`
-#   channels of width. 8 heads give 1024 channels, 16 layers and 268.4M parameters.
-# - **Bad values are refused at once**, with the field, the value and what would be right: better here than after a
-#   download of 5 GB.
+# - **One knob scales it**: `n_head`. The width is `n_head * head_dim`, with a layer per `aspect_ratio` channels of
+#   width: 8 heads give 1024 channels, 16 layers and 268.4M parameters.
 # - **It is static to `jit`**: change a field and the step is compiled again.
 # - **A run refuses to resume if a `fixed` field has changed.**
 
@@ -330,16 +326,16 @@ if __name__ == "__main__":
 #
 # ### Weights
 #
-# A model is a table of its weights and three functions. The table says of each array all that anybody needs to know:
+# A model is a table of its weights and three functions. The table gives, of each array:
 #
 # - **its axes**, by their letters: `"D->NH"` is a matrix from D inputs to N heads of H outputs. Heads are axes of
 #   their own, so that an einsum makes them without a reshape.
-# - **how it starts**: projections out of a block start at zero. At step 0 the residual stream is the embedding alone
+# - **how it starts**: projections out of a block at zero, so that at step 0 the residual stream is the embedding alone
 #   and the loss is exactly log(V), 10.4 nats at 32,768.
-# - **its kind**, from which follows how it is counted, whether it decays, and in which type it computes.
+# - **its kind**: how it is counted, whether it decays, in which type it computes.
 #
-# Initialization, counting, FLOPs, casting, sharding and the optimizer all read this one table. The parameters
-# themselves are a plain pytree of float32 arrays with the same keys.
+# Initialization, counting, casting, sharding and the optimizer all read this table. The parameters themselves are a
+# plain pytree of float32 arrays with the same keys.
 
 
 # %%
@@ -568,22 +564,6 @@ def gpt_readout(config, params, streams):
     return rms_norm(streams[-1])
 
 
-class Model(NamedTuple):
-    """One architecture. name: the notebook and constant that `open_model` finds it by; config: its Config class.
-
-    weights(config): its table; embed, block and readout as GPT's above; read(config, arrays): its parameters, flat,
-    from the arrays of an export in another library's format.
-    """
-
-    name: str
-    config: type
-    weights: Callable
-    embed: Callable
-    block: Callable
-    readout: Callable
-    read: Callable | None = None
-
-
 GPT = Model("02_train.GPT", Config, gpt_weights, gpt_embed, gpt_block, gpt_readout)
 
 
@@ -632,10 +612,10 @@ if __name__ == "__main__":
 # lookup and costs none. Attention adds 12 per channel and key that a query really sees: on average (T + 1) / 2 in a
 # causal layer, three eighths of T in an S layer.
 #
-# MFU, model FLOPs utilization, is the share of the chip's peak that goes into these FLOPs and nothing else: what is
-# computed twice, moved or waited for does not count. A v6e can do 918e12 a second and a token of the default model
-# costs 1.57e9, so 100 % would be 584 thousand tokens a second. Many published figures count all T keys, which at the
-# default size makes 15 % more of the same speed. Both FLOPs are printed; the progress bar shows the smaller MFU.
+# MFU, model FLOPs utilization, is the share of the chip's peak that goes into these FLOPs and nothing else. A v6e can
+# do 918e12 a second and a token of the default model costs 1.57e9, so 100 % would be 584 thousand tokens a second.
+# Many published figures count all T keys, 15 % more at the default size. Both are printed; the bar shows the smaller
+# MFU.
 
 
 # %%
@@ -672,15 +652,14 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Loss
 #
-# Logits are soft-capped, 15 tanh(z / 15), in float32. That bounds what a confident mistake can cost, 30 + log(V) or 40
-# nats, so that no single token dominates a batch. It bounds exp() as well: 32,768 times e^15 is 1e11, far inside
-# float32, so the usual subtraction of the maximum, a pass over all logits, can be left out. Without a cap it cannot.
+# Logits are soft-capped, 15 tanh(z / 15), in float32. That bounds what a confident mistake can cost, 40 nats, so that
+# no single token dominates a batch. It bounds exp() as well, so that the usual subtraction of the maximum, a pass over
+# all logits, can be left out.
 #
 # Logits are also the largest thing in training: 8,192 tokens by 32,768 words in float32 are 1 GiB, and autodiff would
-# keep several of that size. `head_loss` of `onechip/layers.py` is the mean of logsumexp(z) - z[y], no more; but it
-# forms the gradient where the logits are, slice by slice in the forward pass, so that no slice outlives its turn (the
-# idea of Liger's fused loss and of cut cross-entropy, Wijmans et al., 2024). The check below holds it to the plain
-# version.
+# keep several of that size. `head_loss` of `onechip/layers.py` is the mean of logsumexp(z) - z[y], no more, but forms
+# its gradient where the logits are, slice by slice in the forward pass (the idea of Liger's fused loss and of cut
+# cross-entropy, Wijmans et al., 2024). The check below holds it to the plain version.
 
 
 # %%
@@ -729,18 +708,6 @@ def learning_rate_at(config, step):
     return config.learning_rate * rise * (left + (1 - left) * config.final_lr_frac)
 
 
-class Optimizer(NamedTuple):
-    """name: what config.json keeps of it. init(config, weights, params) -> its state, a pytree of arrays.
-
-    update(config, weights, params, state, grads, step) -> (params, state) after 0-based step `step`; weights is the
-    model's table, of the same structure as params.
-    """
-
-    name: str
-    init: Callable
-    update: Callable
-
-
 def adamw_init(config, weights, params):
     """Zero first and second moments, float32, shaped as the parameters."""
     zeros = lambda p: jnp.zeros(p.shape, jnp.float32)
@@ -778,18 +745,18 @@ if __name__ == "__main__":
 # ## Step
 #
 # A step is one program: microbatches in a `lax.scan` that sums float32 gradients, one mean over the devices, the
-# update. Parameters and optimizer state are donated, so the new ones take the old ones' memory: 3.2 GB at the default
-# size that would otherwise exist twice. Each device runs the same code on its share of the batch (`shard_map` over a
-# mesh of one axis), and the gradients meet once a step, not once a microbatch. One chip is the mesh of one.
+# update. Parameters and optimizer state are donated, so the new ones take the old ones' memory, 3.2 GB at the default
+# size. Each device runs the same code on its share of the batch (`shard_map` over a mesh of one axis), and the
+# gradients meet once a step, not once a microbatch. One chip is the mesh of one.
 #
 # Why microbatches of four, when memory would hold sixteen? A v6e keeps 128 MiB on the chip. The widest activation of
 # four sequences, 4 x 2048 x 4096 in bfloat16, is 64 MiB and stays there; that of sixteen goes out to HBM and back. On
 # a v6e the same batch of 64 as 16 x 4 reached 48.3 % MFU and as 4 x 16 42.6 %, all T keys counted (timings of
 # [vorushin/tpuchat](https://github.com/vorushin/tpuchat), the project that this one began as).
 #
-# Where does each array lie? One table, `SHARDING`, says which axis is split over which axis of the mesh: the batch,
-# and nothing else. Every weight is therefore on every device. A letter of the weights added to it splits them at rest:
-# `"F": "data"` keeps each device's share of the MLPs, and XLA gathers them for the step.
+# `SHARDING` says which axis of an array is split over which axis of the mesh: the batch, and nothing else. Every
+# weight is therefore on every device. A letter of the weights added to it splits them at rest: `"F": "data"` keeps
+# each device's share of the MLPs, and XLA gathers them for the step.
 
 
 # %%
@@ -828,8 +795,7 @@ def init_state(config, mesh, model=GPT, optimizer=ADAMW):
 
 
 # %% [markdown]
-# Every target counts the same. A microbatch whose mask leaves fewer targets therefore counts less than another, on
-# whichever device it is; without a mask all are equal, and nothing is multiplied.
+# Every target counts the same: a microbatch whose mask leaves fewer of them counts less than another, on any device.
 
 
 # %%
@@ -868,7 +834,9 @@ def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_en
     would keep running the old function after its cell was edited.
     """
     mesh = mesh or make_mesh()
-    check_mesh(config, mesh)
+    remedy = f"must be a multiple of device_batch_size * devices = {config.device_batch_size} * {mesh.size}"
+    divides = config.total_batch_size % (config.device_batch_size * mesh.size) == 0
+    require(divides, "total_batch_size", config.total_batch_size, remedy)
     weights, whole, split = model.weights(config), PartitionSpec(), sharding_of(mesh, "B").spec
 
     def device_grads(params, batch):
@@ -892,13 +860,6 @@ def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_en
     return jax.jit(train_step, donate_argnums=0, out_shardings=(lies, sharding_of(mesh, "")))
 
 
-def check_mesh(config, mesh):
-    """Raises UserError unless total_batch_size divides into microbatches over the mesh's devices."""
-    unit = config.device_batch_size * mesh.size
-    remedy = f"must be a multiple of device_batch_size * devices = {config.device_batch_size} * {mesh.size}"
-    require(config.total_batch_size % unit == 0, "total_batch_size", config.total_batch_size, remedy)
-
-
 # %%
 if __name__ == "__main__":
     toy_mesh = make_mesh(jax.local_devices()[:1])
@@ -910,13 +871,11 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Will it fit, and how fast?
 #
-# The compiler for a TPU needs no TPU. `compile_for_chip` runs it on the real step, donation, accumulation, kernels and
-# all, on any Linux machine with libtpu, in about a minute for 16 layers.
-#
-# - **What it says of memory** is what the chip will use, to the byte. **What it says of time** is an estimate.
-# - **`preflight`** asks it, before anything is downloaded, about the device that is here or a TPU that is not, and
-#   refuses a config that does not fit, naming the nearest one that does. The search is in `onechip/fit.py`; all that
-#   it needs of this notebook is the step, lowered.
+# The compiler for a TPU needs no TPU: it compiles the real step, donation, accumulation, kernels and all, on any Linux
+# machine with libtpu, in about a minute for 16 layers. What it says of memory is what the chip will use, to the byte;
+# what it says of time is an estimate. `preflight` asks it before anything is downloaded, about the device that is here
+# or a TPU that is not, and refuses a config that does not fit, naming the nearest one that does. The search is in
+# `onechip/fit.py`; all that it needs of this notebook is the step, lowered.
 
 
 # %%
@@ -1005,25 +964,6 @@ def make_evaluator(config, model, mesh, held_out, token_bytes):
 
 
 # %%
-class Task(NamedTuple):
-    """batches(position) yields (batch, position after it), from the start if position is None.
-
-    A batch is a dict of NumPy arrays (total_batch_size, ...), with an optional "mask" of the targets that count.
-    loss(config, model, params, batch) -> the mean over a batch's targets. score(config, model, mesh) -> a function of
-    params -> a dict of figures for metrics.jsonl, with "val_loss" among them. metric: the figure whose lowest value
-    marks the best checkpoint. origin: JSON that says what the data is; facts: more JSON for config.json; files:
-    {name: bytes} that the run keeps, such as its tokenizer.
-    """
-
-    batches: Callable
-    loss: Callable
-    score: Callable
-    metric: str = "val_loss"
-    origin: dict = {}
-    facts: dict = {}
-    files: dict = {}
-
-
 def pretraining(config, corpus, tokenizer):
     """The Task of predicting each next token of a corpus; UserError if corpus, tokenizer and config do not agree."""
     size = tokenizer.get_vocab_size()
@@ -1053,36 +993,21 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Train
 #
-# `train` is the one loop of the series. What it does between two steps is not a matter of taste: **save first, then
-# evaluate, then sample**, because the latter two need memory that training did not, and a run of 29 hours has been
-# lost to an evaluation that ran out of it (nanochat#446).
+# `train` is the one loop of the series. The order of what it does between two steps is no matter of taste: **save,
+# then evaluate, then sample**, because the latter two need memory that training did not, and a run of 29 hours has
+# been lost to an evaluation that ran out of it (nanochat#446).
 #
 # - **A checkpoint** is the whole state: parameters, optimizer state, step, the position in the data, the metrics so
 #   far. Nothing random happens after the weights are drawn, so there is no generator to save. It is safetensors and
-#   JSON, which no reader has to trust; 1.1 GB of weights and 2.1 GB of moments at the default size. The one pause is
-#   the copy from the device; a thread writes, syncs and hashes.
+#   JSON, 3.2 GB at the default size. The one pause is the copy from the device; a thread writes, syncs and hashes.
 # - **Resuming is exact.** The checkpoint of step N is taken before the evaluation or sampling due at step N; a resumed
 #   run does those first. So the files of a run that was killed and resumed are those of a run that was not.
-# - **The chip is never idle.** What a step cost and what it learned is read from the device every ten steps and one
-#   step late, so that the next step is always queued. A `float(loss)` every step would leave the chip waiting in
-#   between.
-# - **An interrupt**, Colab's stop button or a SIGTERM, is noted and obeyed between two steps. A loss that is no longer
-#   a number stops the run.
+# - **The chip is never idle.** Losses are read from the device every ten steps and one step late, so that the next
+#   step is always queued.
+# - **An interrupt**, Colab's stop button or a SIGTERM, is noted and obeyed between two steps.
 
 
 # %%
-class Result(NamedTuple):
-    """What `train` returns. params is the trained pytree on the device; the losses are of the last evaluation."""
-
-    params: dict
-    step: int
-    val_loss: float | None
-    val_bpb: float | None
-    gzip_bpb: float | None
-    samples: list
-    run_dir: Path
-
-
 def train(
     config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sample=None, accept=(), on_log=None, mirror=None,
     notes=None,
@@ -1120,15 +1045,7 @@ def train(
         if run.is_complete:
             run.record(score(run.state["params"]))
             run.samples = write(run.state["params"])
-        scores = [run.scores.get(name) for name in ("val_loss", "val_bpb")]
-        gzip_bpb = task.facts.get("gzip_bits_per_byte")
-        return Result(run.state["params"], run.step, *scores, gzip_bpb, run.samples, run.folder.path)
-
-
-def describe_machine(mesh):
-    """What runs a training, for config.json: nothing secret, nothing of the user's machine but its device."""
-    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    return {"commit": git_commit(), "jax": jax.__version__, "device": device}
+        return run.result()
 
 
 # %% [markdown]
@@ -1305,8 +1222,7 @@ if __name__ == "__main__":
 # Colab's disk is gone with its session, after a day at the latest and often after four hours. With a token (HF_TOKEN,
 # in the environment or as a Colab secret) checkpoints have gone to a private repository of your own on the Hub all
 # along, and a new machine resumes from there. What is left to add is a model that a stranger can use: weights, config,
-# tokenizer, curve and a card with the five lines that load it, in one commit. Without a token the same folder stays
-# here, as `model/` in the run's.
+# tokenizer, curve and a card with the lines that load it. Without a token the same folder stays here, as `model/`.
 #
 # `open_model` opens any run or export, whatever notebook trained it: `config.json` keeps the model's name, and only a
 # notebook next to this one is ever imported for it.

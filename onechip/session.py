@@ -5,6 +5,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,31 @@ from onechip.errors import NonFiniteLoss, require, say
 from onechip.files import atomic_write, read_json, write_json
 from onechip.loader import PrefetchDataLoader
 from onechip.lock import RunLock
-from onechip.machine import deferred_interrupt
+from onechip.machine import deferred_interrupt, git_commit
 from onechip.plots import plot_losses, show_picture
 from onechip.profile import ProfileWindow
 from onechip.runfolder import ABOUT, CONFIG, METRICS, STATE, TOKENIZER, RunFolder
 from onechip.runlog import RunLog
 from onechip.settings import fixed_fields
+
+
+class Result(NamedTuple):
+    """What `train` returns. params is the trained pytree on the device; the losses are of the last evaluation."""
+
+    params: dict
+    step: int
+    val_loss: float | None
+    val_bpb: float | None
+    gzip_bpb: float | None
+    samples: list
+    run_dir: Path
+
+
+def describe_machine(mesh):
+    """What runs a training, for config.json: nothing secret, nothing of the user's machine but its device."""
+    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    return {"commit": git_commit(), "jax": jax.__version__, "device": device}
+
 
 KEPT_ORIGIN = ("model", "optimizer", "tokenizer_sha256", "data")  # what a run keeps besides its fixed fields
 UNNAMED = ("model", "optimizer")  # in checkpoints written before 2026-11-21
@@ -238,6 +258,11 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------------------------
     # Ends
+
+    def result(self):
+        """What the run has reached, as a Result."""
+        scores = [self.scores.get(name) for name in ("val_loss", "val_bpb")]
+        return Result(self.state["params"], self.step, *scores, self._gzip_bpb, self.samples, self.folder.path)
 
     @contextlib.contextmanager
     def saving(self):

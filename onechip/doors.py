@@ -1,0 +1,60 @@
+"""What a trainer is handed: a Model, an Optimizer, a Task. A Model's table of weights is in weights.py.
+
+Plain tuples of functions. A notebook that brings its own writes the functions and the tuple, and hands it to `train`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Model(NamedTuple):
+    """One architecture, each function able to run with a cache.
+
+    name: the notebook and constant that `open_model` finds it by; config: its Config class.
+    weights(config) -> its table of Weights.
+    embed(config, params, tokens, before) -> the residual stream (B, T, D) of tokens (B, T); before (B, 1) is the token
+    ahead of them, -1 or None if there is none.
+    block(config, params, i, streams, tokens, attend) -> (the stream after layer i, its part of the cache); streams: the
+    stream after the embedding and each layer so far; attend(q, k, v) -> (B, T, N, H) and the part of the cache.
+    readout(config, params, streams) -> final hidden states (B, T, D), which lm_head multiplies.
+    read(config, arrays) -> its parameters, by their flat names, from an export in another library's format.
+    """
+
+    name: str
+    config: type
+    weights: Callable
+    embed: Callable
+    block: Callable
+    readout: Callable
+    read: Callable | None = None
+
+
+class Optimizer(NamedTuple):
+    """name: what config.json keeps of it. init(config, weights, params) -> its state, a pytree of arrays.
+
+    update(config, weights, params, state, grads, step) -> (params, state) after 0-based step `step`; weights is the
+    model's table, of the same structure as params.
+    """
+
+    name: str
+    init: Callable
+    update: Callable
+
+
+class Task(NamedTuple):
+    """batches(position) yields (batch, position after it), from the start if position is None.
+
+    A batch is a dict of NumPy arrays (total_batch_size, ...), with an optional "mask" of the targets that count.
+    loss(config, model, params, batch) -> the mean over a batch's targets. score(config, model, mesh) -> a function of
+    params -> a dict of figures for metrics.jsonl, with "val_loss" among them. metric: the figure whose lowest value
+    marks the best checkpoint. origin: JSON that says what the data is; facts: more JSON for config.json; files:
+    {name: bytes} that the run keeps, such as its tokenizer.
+    """
+
+    batches: Callable
+    loss: Callable
+    score: Callable
+    metric: str = "val_loss"
+    origin: dict = {}
+    facts: dict = {}
+    files: dict = {}
