@@ -76,7 +76,7 @@ def test_every_answer_counts_the_same_and_nothing_else_does():
     """A step of three microbatches with unequal masks is the gradient of the mean over all answers of the batch."""
     batch, _ = next(batches({"drawn": 3}))
     counts = batch["mask"].reshape(3, -1).sum(axis=1)
-    assert len(set(counts)) == 3
+    assert len(set(counts)) > 1
     mesh = train.make_mesh(jax.local_devices()[:1])
     sgd = train.Optimizer("sgd", lambda *_: (), lambda c, w, p, s, g, step: (jax.tree.map(jnp.subtract, p, g), s))
     config = tiny(grad_clip=0.0)
@@ -84,10 +84,9 @@ def test_every_answer_counts_the_same_and_nothing_else_does():
     params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), state["params"])
     loss = lambda params, batch: train.cross_entropy(config, train.GPT, params, batch)
     value, grads = jax.value_and_grad(loss)(params, batch)
-    state, metrics = train.make_train_step(config, mesh, optimizer=sgd)({**state, "params": params | {}}, batch)
-    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     expected = jax.tree.map(jnp.subtract, params, grads)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state["params"], expected)
     other = batch | {"y": np.where(batch["mask"], batch["y"], (batch["y"] + 1) % 300)}
-    same, _ = jax.value_and_grad(loss)(params, other)
-    assert same == value
+    assert loss(params, other) == value
+    state, metrics = train.make_train_step(config, mesh, optimizer=sgd)({**state, "params": params}, batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state["params"], expected)
