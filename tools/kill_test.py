@@ -3,8 +3,8 @@
     uv run tools/kill_test.py --kills 20
 
 Runs 02_train.py, tiny and offline, once undisturbed, then with `kill -9` at random moments: while it starts, before its
-first step, and twice as often while it trains, writes and evaluates. Exit code 0 if metrics.jsonl (but for times),
-parameters and moments at the end are bit for bit the same. Any flag of 02_train.py may follow.
+first step, and twice as often while it trains, writes and evaluates. Exit code 0 if metrics.jsonl (without its times),
+parameters and the optimizer's state at the end are bit for bit the same. Any flag of 02_train.py may follow.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Process:
         return (path.stat().st_ino, path.read_text().count('"loss"')) if path.exists() else (None, 0)
 
     def has_resumed(self):
-        """Whether it has read its checkpoint, and written the rows of that anew."""
+        """Whether it has read its checkpoint, and written the rows of that again."""
         file, steps = self.look()
         if self.first is None and file != self.before:
             self.first = steps
@@ -68,7 +68,7 @@ class Process:
         return self.process.returncode < 0
 
     def describe(self):
-        resumed = re.search(r"goes on behind step [\d,]+", self.log.read_text())
+        resumed = re.search(r"continues after step [\d,]+", self.log.read_text())
         writing = resumed and any((self.run / "checkpoints").glob(".step_*.part"))
         last = max((row["step"] for row in read_rows(self.run)), default=0)
         how = resumed[0] if resumed else "did not resume"
@@ -111,7 +111,7 @@ def find_differences(out):
     differ = [f"row {i}: {x} and {y}" for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y][:1]
     differ += [f"{len(a)} and {len(b)} rows"] * (len(a) != len(b))
     ends = [max((out / name / "checkpoints").glob("step_*")) for name in ("reference", "killed")]
-    for name in ("params.safetensors", "mu.safetensors", "nu.safetensors"):
+    for name in ("params.safetensors", "opt.safetensors"):
         differ += [name] if len({(end / name).read_bytes() for end in ends}) > 1 else []
     return differ + [path.name for path in (out / "killed" / "checkpoints").glob("damaged_*")]
 
@@ -124,7 +124,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="onechip-kill-") as folder:
         kill_and_resume(Path(folder), flags, asked.kills, asked.seed)
         differ = "; ".join(find_differences(Path(folder)))
-    same = "the metrics (but for times), parameters and moments are bit for bit those of the run left alone"
+    same = "the metrics (without times), parameters and optimizer state are bit for bit those of the run left alone"
     print(f"{asked.kills} kills: {f'DIFFERENT: {differ}' if differ else same}")
     sys.exit(bool(differ))
 

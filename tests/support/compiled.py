@@ -1,4 +1,7 @@
-"""Compiled programs on disk: each call of train() jits its own functions, and finds those of the call before."""
+"""Compiled programs on disk: each call of train() jits its own functions, and finds those of the call before.
+
+They are compiled with little optimization, which takes programs this small half the time.
+"""
 
 import contextlib
 
@@ -14,8 +17,9 @@ def keeping_compiled(folder):
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in cache}
+    before = {name: jax.config.values[name] for name in cache}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cache.items():
             jax.config.update(name, value)
