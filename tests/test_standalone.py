@@ -448,4 +448,4 @@ def test_the_machine_is_given_back_when_all_is_on_the_hub(tmp_path, content, ori
         arrived = hub.files("someone/onechip-mine")
     assert (tmp_path / "unassigned").exists() and "hf_secret_word" not in json.dumps(notebook)
     assert {"README.md", "params.safetensors", "tokenizer.json"} <= set(arrived), printed
-    assert "there is no TensorBoard here" in printed
+    assert "TensorBoard is not installed here" in printed
