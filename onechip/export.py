@@ -79,7 +79,7 @@ def first_of(*paths):
 
 
 def find_model(name, folder, default):
-    """The model that a config.json names, such as "04_maxtext.SWIGLU": a constant of a notebook in `folder`.
+    """The model that a config.json names, NOTEBOOK.CONSTANT, of a notebook in `folder`.
 
     Nothing else is ever imported by what a file says. default: the model that is loaded already, with its name.
     """
@@ -109,7 +109,7 @@ def export_weights(result):
     return run.model
 
 
-def list_files(folder):
+def names_of_files(folder):
     """Names of the files in a folder, sorted, without hidden ones."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 

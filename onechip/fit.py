@@ -1,6 +1,6 @@
 """Will a training step fit in memory, and how fast will it be? Compiled, not guessed, before anything is downloaded.
 
-A training step comes as a Workload. `preflight` refuses one that does not fit and names the nearest config that does;
+A training step comes as a Workload. `require_fit` refuses one that does not fit and names the nearest config that does;
 `explore` compares microbatches and searches for the largest batch. Nothing is run, and a TPU need not be attached.
 """
 
@@ -150,7 +150,7 @@ def describe_time(config, fit, peak):
 
 def show(work, config, further=False):
     """Prints what a step needs, or refuses it. further: also looks for other batches, and then ends the program."""
-    fit = preflight(work, config)
+    fit = require_fit(work, config)
     say(describe(config, fit, peak_rate(work, config)))
     if further:
         for line in explore(work, config, fit):
@@ -162,7 +162,7 @@ def show(work, config, further=False):
 # A step that does not fit
 
 
-def preflight(work, config):
+def require_fit(work, config):
     """The Fit of a config that fits. Else DoesNotFit, with the nearest config that does."""
     fit = refuse_unseen(work, config) or measure(work, config)
     if not fit.fits:

@@ -26,7 +26,7 @@ from onechip.fit import (
     measure,
     nearest_that_fits,
     peak_rate,
-    preflight,
+    require_fit,
     smaller_configs,
 )
 
@@ -124,7 +124,7 @@ def test_a_refusal_where_the_memory_is_unknown_is_one_line_too():
     """The compiler refuses what no v4 takes, and what a v4 has is not in the table."""
     work, asked = toy_work(lambda config: (40 if config.device_batch_size == 6 else 3) * GIB, kind="TPU v4")
     with pytest.raises(DoesNotFit) as refusal:
-        preflight(work, Toy())
+        require_fit(work, Toy())
     assert str(refusal.value) == (
         "device_batch_size=6: a step needs at least 40 GiB of what there is on 1 x TPU v4; "
         "device_batch_size=4 fits, with 3 GiB"
@@ -164,7 +164,7 @@ def test_what_arithmetic_rules_out_is_refused_at_once(fields, kind, there):
     config = Toy(n_embd=1024, **fields)
     work, asked = toy_work(lambda config: 0, kind=kind, params_of=lambda config: 1024 * config.vocab_size)
     with pytest.raises(DoesNotFit) as refusal:
-        preflight(work, config)
+        require_fit(work, config)
     pattern = rf"device_batch_size=6: a step needs at least [\d.e+]+ GiB of {there} 1 x {kind}; no smaller .* fits"
     assert re.fullmatch(pattern, str(refusal.value))
     assert asked == []
@@ -175,7 +175,7 @@ def test_what_arithmetic_rules_out_is_refused_with_the_nearest_that_fits():
     peak_of = lambda config: (4 * config.n_layer + 3 * config.device_batch_size) * GIB
     work, asked = toy_work(peak_of, params_of=lambda config: config.n_layer * 3 * GIB // 12)
     with pytest.raises(DoesNotFit, match="at least 210 GiB .*; device_batch_size=1, n_layer=7 fits, with 31 GiB"):
-        preflight(work, Toy(n_layer=70))
+        require_fit(work, Toy(n_layer=70))
     assert {(config.device_batch_size, config.n_layer) for config in asked} <= {(1, 10), (1, 9), (1, 8), (1, 7)}
 
 
@@ -201,13 +201,13 @@ def test_a_config_too_large_is_refused_with_the_nearest_that_fits(monkeypatch, t
     assert peaks[6] > peaks[4] > peaks[3]
     monkeypatch.setattr("onechip.fit.memory_limit", lambda device: peaks[4] + 1)
     with pytest.raises(DoesNotFit) as refusal:
-        preflight(tiny_work, TINY)
+        require_fit(tiny_work, TINY)
     message = str(refusal.value)
     assert f"device_batch_size=6: a step needs {peaks[6] / GIB:.3g} GiB" in message and "\n" not in message
     assert f"; device_batch_size=4 fits, with {peaks[4] / GIB:.3g} GiB" in message
     monkeypatch.setattr("onechip.fit.memory_limit", lambda device: 1)
     with pytest.raises(DoesNotFit, match="no smaller batch or model of this shape fits"):
-        preflight(tiny_work, TINY)
+        require_fit(tiny_work, TINY)
 
 
 @pytest.mark.parametrize("fields", [{"seq_len": 1_000_000_000}, {"vocab_size": 99_999_999_999_999}])
@@ -215,7 +215,7 @@ def test_absurd_sizes_of_a_real_model_are_refused_at_once(fields, tiny_work):
     """Counting them traces nothing of that size and overflows nowhere."""
     tiny_work = tiny_work._replace(lower=None)
     with pytest.raises(DoesNotFit, match="at least .* GiB of the .* of 1 x cpu; no smaller batch or model"):
-        preflight(tiny_work, dataclasses.replace(TINY, **fields))
+        require_fit(tiny_work, dataclasses.replace(TINY, **fields))
 
 
 @pytest.mark.slow
