@@ -119,7 +119,9 @@ import onechip  # noqa: F401  (before jax: it keeps an idle libtpu quiet)
 import jax
 import jax.numpy as jnp
 
-from onechip.machine import prepare
+from onechip.machine import prepare, wants_a_look
+
+LOOK = __name__ == "__main__" and wants_a_look()
 
 
 def train_toy(steps=60):
@@ -150,16 +152,17 @@ def train_toy(steps=60):
             print(f"toy: step {i:2}: loss {value:.2f} nats per byte")
 
 
-if __name__ == "__main__":
+if LOOK:
     prepare()
     train_toy()
 
 # %% [markdown]
 # ## Setup
 #
-# Importing this file defines things and does nothing else: what runs is under `if __name__ == "__main__":`. Documents
-# and tokens come from `01_tokenizer`, plumbing from `onechip/`. Shapes are written with nine letters, in lower case in
-# einsums, as in *How to Scale Your Model* (Austin et al., 2025):
+# Importing this file defines things and does nothing else: what runs is under `if __name__ == "__main__":`, small
+# checks under `if LOOK:`, which a script with flags skips. Documents and tokens come from `01_tokenizer`, plumbing
+# from `onechip/`. Shapes are written with nine letters, in lower case in einsums, as in *How to Scale Your Model*
+# (Austin et al., 2025):
 #
 # | B | T | D | N | K | H | F | L | V |
 # |---|---|---|---|---|---|---|---|---|
@@ -327,7 +330,7 @@ def check_relations(config):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     toy = Config(
         n_head=2, head_dim=16, aspect_ratio=16, vocab_size=512, seq_len=64, attn_impl="einsum", dtype="float32",
         device_batch_size=2, total_batch_size=4, loss_slice=64, num_iterations=20, learning_rate=1e-2,
@@ -381,7 +384,7 @@ def init_params(config, key):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     toy_params = init_params(toy, jax.random.key(0))
     print({name: toy_params[name].shape for name in ("wte", "lm_head")}, toy_params["layers"][0]["c_q"].shape)
 
@@ -415,7 +418,7 @@ def rope_at(config, start, length):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     x = jax.random.normal(jax.random.key(1), (1, toy.seq_len, 2, toy.head_dim))
     turned = rope_and_norm(x, *rope_at(toy, 0, toy.seq_len))
     print(f"rms of rotated, normed heads: {jnp.sqrt(jnp.mean(turned**2)):.4f}; relu_squared(3) = {relu_squared(3.0)}")
@@ -617,7 +620,7 @@ def forward(config, params, tokens, model=GPT):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     toy_tokens = jnp.arange(2 * 16).reshape(2, 16)
     logits = forward(toy, toy_params, toy_tokens)
     print(f"logits {logits.shape} {logits.dtype}, {logits.std():.4f} wide at the start")
@@ -663,7 +666,7 @@ def describe_model(config, model=GPT):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     print(f"toy: {count_params(toy)['total']:,} parameters; default: {count_params(Config())['total']:,}")
 
 # %% [markdown]
@@ -696,7 +699,7 @@ def token_losses(config, model, params, x, y):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     toy_batch = {"x": toy_tokens, "y": toy_tokens + 1}
     loss, grads = jax.value_and_grad(functools.partial(cross_entropy, toy, GPT))(toy_params, toy_batch)
     hits = jnp.take_along_axis(logits, toy_batch["y"][..., None], axis=-1)[..., 0]
@@ -754,7 +757,7 @@ def global_norm(tree):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     rates = {step: float(learning_rate_at(Config(), step)) for step in (0, 399, 10_000, 15_000, 19_999)}
     print("learning rate by step:", ", ".join(f"{step}: {rate:.1e}" for step, rate in rates.items()))
 
@@ -878,7 +881,7 @@ def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_en
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     toy_mesh = make_mesh(jax.local_devices()[:1])
     toy_state, toy_step = init_state(toy, toy_mesh), make_train_step(toy, toy_mesh)
     for _ in range(5):
@@ -1002,7 +1005,7 @@ def pretraining(config, corpus, tokenizer):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     letters = [np.arange(i, i + 2 * toy.seq_len * toy.device_batch_size + 1) % 512 for i in range(3)]
     batch, _ = next(batches_from(((tokens, None) for tokens in letters), toy))
     print({name: array.shape for name, array in batch.items()}, "y is x one token later:", batch["y"][0, :4])
@@ -1147,7 +1150,7 @@ def make_sample_writer(config, tokenizer, prompts, model=GPT):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     print("eight tokens of the toy:", generate(toy, toy_state["params"], [1, 2, 3], 8))
 
 # %% [markdown]
@@ -1197,6 +1200,7 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
 OVERRIDES = ""  # @param ["", "--preset laptop", "--n_head 6 --num_iterations 2000"] {allow-input: true}
 
 if __name__ == "__main__":
+    prepare()
     run, config = choose(Config, PRESETS, OVERRIDES)
     print(describe_model(config))
     show_fit(config, run.preflight)

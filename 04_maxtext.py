@@ -126,7 +126,7 @@ from onechip.errors import require, say
 from onechip.export import FOREIGN_WEIGHTS, copy_into, names_of_files, write_card
 from onechip.files import atomic_write, write_json
 from onechip.hub import upload_folder
-from onechip.machine import open_tensorboard, prepare, read_secret
+from onechip.machine import open_tensorboard, prepare, read_secret, wants_a_look
 from onechip.runfolder import ABOUT, RunFolder
 from onechip.settings import Run, change_default, choose, setting
 from onechip.tables import table
@@ -134,6 +134,8 @@ from onechip.weights import Weight, draw_weights, normal, uniform
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
+
+LOOK = __name__ == "__main__" and wants_a_look()
 
 # %% [markdown]
 # ## Config
@@ -176,7 +178,7 @@ class Config(train.TrainConfig):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     prepare()
     print(Config().sizes)
 
@@ -354,7 +356,7 @@ SWIGLU = train.GPT._replace(
 )  # fmt: skip
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     print(train.describe_model(Config(), SWIGLU))
     tiny = Config(n_embd=48, n_layer=2, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=80, vocab_size=512, seq_len=64,
                   tile=16, attn_impl="einsum", dtype="float32")  # fmt: skip
@@ -390,6 +392,7 @@ PRESETS = {"chip": {}, "gpu": train.PRESETS["gpu"], "laptop": train.PRESETS["lap
 OVERRIDES = ""  # @param ["", "--preset laptop", "--compare v6e:1x1"] {allow-input: true}
 
 if __name__ == "__main__":
+    prepare()
     run, config = choose(Config, PRESETS, OVERRIDES, CompareRun)
     print(train.describe_model(config, SWIGLU))
     if run.wants_table():

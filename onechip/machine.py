@@ -57,6 +57,11 @@ def prepare():
     keep_compiled()
 
 
+def wants_a_look():
+    """Whether a notebook's small checks run: in a kernel, and in a script that was given no flags."""
+    return in_notebook() or len(sys.argv) == 1
+
+
 def keep_compiled():
     """Keeps compiled programs on disk: the next start of the same config reaches its first step sooner."""
     import jax
