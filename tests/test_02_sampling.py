@@ -108,6 +108,7 @@ def test_greedy_equals_recomputing_the_whole_prefix(length):
     assert tokens == want
 
 
+@pytest.mark.slow
 def test_greedy_equals_forward_on_the_whole_prefix():
     """The same against the model's own forward pass, with as many key/value heads as query heads."""
     config = replace(n_kv_head=0, seq_len=27, window_pattern="S", vocab_size=53)
