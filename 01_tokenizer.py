@@ -115,6 +115,10 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
 # %%
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from onechip.machine import prepare, wants_a_look
+
+LOOK = __name__ == "__main__" and wants_a_look()  # the small checks are for a reader: a script with flags skips them
+
 
 def show_merges(sentences, counts):
     """Prints the first sentence in tokens of a BPE trained on all of them, after each number of merges in `counts`."""
@@ -128,7 +132,8 @@ def show_merges(sentences, counts):
         print(f"{count:2} merges, {len(tokens):2} tokens: {'·'.join(tokens).replace('Ġ', '_')}")
 
 
-if __name__ == "__main__":
+if LOOK:
+    prepare()
     show_merges(["the cat sat on the mat", "the hat on the cat", "that cat is fat"], (0, 4, 8, 16))
 
 # %% [markdown]
@@ -170,7 +175,7 @@ from onechip.errors import UserError, first_line, require, say
 from onechip.files import atomic_write, hash_file, read_json, write_json
 from onechip.hub import upload_folder
 from onechip.hubclient import load_hub, try_again, without_bars
-from onechip.machine import has_tpu, home, prepare, read_secret
+from onechip.machine import has_tpu, home, read_secret
 from onechip.plots import show_picture
 from onechip.runlog import progress_bar
 from onechip.settings import check_fields, parse_settings, setting
@@ -229,7 +234,7 @@ def choose_settings(overrides=""):
     return dataclasses.replace(settings, data=data, vocab_size=vocab_size)
 
 
-if __name__ == "__main__":
+if LOOK:
     print(f"on this machine: {choose_data(has_tpu())}, {choose_vocab_size(choose_data(has_tpu())):,} tokens")
 
 # %% [markdown]
@@ -319,7 +324,7 @@ def write_shard(path, documents, row_group_size):
         pq.write_table(pa.table({"text": documents}), part, row_group_size=row_group_size, compression="zstd")
 
 
-if __name__ == "__main__":
+if LOOK:
     with tempfile.TemporaryDirectory() as scratch:
         write_shard(Path(scratch) / "shard.parquet", ["one", "two", "three"], row_group_size=2)
         print("documents and positions:", *read_documents([Path(scratch) / "shard.parquet"]))
@@ -401,7 +406,7 @@ def offline_corpus(directory=None):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     _, text = next(read_documents(offline_corpus().train))
     print(f"the first document has {len(text):,} characters and begins {text[:50]!r}")
 
@@ -494,7 +499,7 @@ def download_shards(names, directory, revision):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     shards = list(home().glob(f"fineweb-edu-{FINEWEB_REVISION[:12]}/*.parquet"))
     print(f"FineWeb-Edu: {len(shards)} of {FINEWEB_LAST_SHARD + 1:,} shards are on this machine")
 
@@ -570,7 +575,7 @@ def count_rows(path):
 
 
 # %%
-if __name__ == "__main__":
+if LOOK:
     same = folder_corpus(offline_corpus().train[0].parent)
     print(f"the offline corpus as a folder: {len(same.train)} training shards, revision {same.revision}")
 
@@ -633,7 +638,7 @@ def train_tokenizer(texts, vocab_size, pattern=SPLIT_PATTERN):
     return tokenizer
 
 
-if __name__ == "__main__":
+if LOOK:
     small = train_tokenizer((text for _, text in read_documents(offline_corpus().val)), 2_000)
     tokens = small.encode("return 1024 + x[0]  # bytes").tokens
     print("a vocabulary of 2,000:", "·".join(tokens).replace("Ġ", "_"))
@@ -738,7 +743,7 @@ def get_tokenizer(corpus, vocab_size, max_train_chars=None, max_doc_chars=None):
     return tokenizer
 
 
-if __name__ == "__main__":
+if LOOK:
     spelled = small.encode(f"{BOS} in a text")
     print(f"{BOS} is id {small.token_to_id(BOS)}; spelled out in a text it is {spelled.ids[:4]}, as any other text")
 
@@ -774,7 +779,7 @@ def token_byte_lengths(tokenizer):
     return np.array([len(raw) for raw in token_byte_strings(tokenizer)], np.int32)
 
 
-if __name__ == "__main__":
+if LOOK:
     lengths, ids = token_byte_lengths(small), small.encode(text).ids
     print(f"lengths {lengths.shape} {lengths.dtype}: {lengths[ids].sum():,} bytes; the text: {len(text.encode()):,}")
 
@@ -795,7 +800,7 @@ def gzip_bits_per_byte(documents):
     return 8 * compressed / raw
 
 
-if __name__ == "__main__":
+if LOOK:
     print(f"this document: {gzip_bits_per_byte([text.encode()]):.2f} bits per byte")
 
 # %% [markdown]
@@ -834,7 +839,7 @@ def encode_batch(tokenizer, texts):
     return [[bos, *itertools.chain.from_iterable(itertools.islice(encoded, len(text)))] for text in pieces]
 
 
-if __name__ == "__main__":
+if LOOK:
     (ids,) = encode_batch(small, [text])
     print(f"{len(text):,} characters, {len(ids):,} ids, equal to the slow ones:", ids[1:] == small.encode(text).ids)
 
@@ -920,7 +925,7 @@ def load_held_out(tokenizer, corpus, eval_tokens, seq_len):
     return HeldOut(tokens[:-1].reshape(rows, -1), tokens[1:].reshape(rows, -1), gzip_bpb)
 
 
-if __name__ == "__main__":
+if LOOK:
     pieces, place = zip(*itertools.islice(token_stream(small, offline_corpus().train, 1_000), 3), strict=True)
     after = {name: value for name, value in place[-1].items() if name != "tokens"}
     print(f"{len(pieces)} pieces of {len(pieces[0]):,} tokens; the stream is then at {after}")

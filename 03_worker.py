@@ -117,6 +117,10 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
 # %%
 import numpy as np
 
+from onechip.machine import prepare, wants_a_look
+
+LOOK = __name__ == "__main__" and wants_a_look()  # the small checks are for a reader: a script with flags skips them
+
 
 def halve_toy(rates=(0.003, 0.01, 0.03, 0.1, 0.15, 0.18, 0.21, 0.3)):
     """Tries learning rates on a quadratic, and three times prints the best and stops the worse half."""
@@ -133,7 +137,8 @@ def halve_toy(rates=(0.003, 0.01, 0.03, 0.1, 0.15, 0.18, 0.21, 0.3)):
         trials = {rate: trials[rate] for rate in trials if rate not in stopped}
 
 
-if __name__ == "__main__":
+if LOOK:
+    prepare()
     halve_toy()
 
 # %% [markdown]
@@ -173,7 +178,7 @@ import jax
 from onechip.errors import UserError, first_line, report_in_one_line, require, say
 from onechip.files import atomic_write, read_json, read_json_lines, write_json
 from onechip.fit import DoesNotFit
-from onechip.machine import deferred_interrupt, git_commit, prepare, read_secret
+from onechip.machine import deferred_interrupt, git_commit, read_secret
 from onechip.plots import show_picture
 from onechip.runfolder import RunFolder
 from onechip.settings import Run, check_fields, count_tokens, parse_settings, setting, settle
@@ -307,7 +312,7 @@ def check_sweep(sweep):
     return [trial_config(constants(sweep) | combination) for combination in combinations]
 
 
-if __name__ == "__main__":
+if LOOK:
     count = math.prod(len(extremes(name, spec)) for name, spec in SPACES["laptop"].items())
     print(f"the laptop's space: {', '.join(SPACES['laptop'])}; {count} combinations of extremes are checked")
     try:
@@ -348,7 +353,7 @@ def plain_value(value, kind):
     return float(value) if kind is float and isinstance(value, int) and not isinstance(value, bool) else value
 
 
-if __name__ == "__main__":
+if LOOK:
     given = train.PRESETS["laptop"] | {"budget": "flops", "budget_size": 1e13, "evaluations": 5}
     given = dataclasses.asdict(train.Config(**train.PRESETS["laptop"])) | given
     lengths = {heads: trial_config(given | {"n_head": heads, "n_kv_head": 0}).num_iterations for heads in (2, 3, 4)}
@@ -493,7 +498,7 @@ def run_trial(job, corpus, interrupt=None):
     return thread.outcome
 
 
-if __name__ == "__main__":
+if LOOK:
     print(contain(lambda: 1 / 0, Request()))
 
 # %% [markdown]
@@ -582,7 +587,7 @@ class Lease:
         self._thread.join()
 
 
-if __name__ == "__main__":
+if LOOK:
     with tempfile.TemporaryDirectory() as scratch:
         print("created by the first, by the second:", *(create_whole(Path(scratch) / "lease-1", "") for _ in range(2)))
 

@@ -23,9 +23,9 @@ NAMES = sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
 HUBS = ["01_tokenizer", "02_train"]
 ROOMS = sorted(path.stem for path in (ROOT / "onechip").glob("*.py"))
 # What a leaf such as 04 defines again on purpose, to hand it to the hub's one training loop.
-INTERFACE = {"Config", "Settings", "PRESETS", "weights", "block"}
-# Names of the opening and the run cell: the same line on purpose.
-EVERYWHERE = {"REPOSITORY", "REF", "OVERRIDES", "open_notebook", "opened_from"}
+INTERFACE = {"Config", "Settings", "PRESETS"}
+# Names of the opening, the first and the run cell: the same line on purpose.
+EVERYWHERE = {"REPOSITORY", "REF", "OVERRIDES", "LOOK", "open_notebook", "opened_from"}
 MAGICS = re.compile(r"%(load_ext tensorboard|tensorboard --logdir \S+|matplotlib inline)")
 each_notebook = pytest.mark.parametrize("name", NAMES)
 
