@@ -12,9 +12,9 @@ import jax
 
 from onechip.card import model_card
 from onechip.checkpoints import load_arrays, newest_checkpoint, unflatten
-from onechip.errors import require
+from onechip.errors import UserError, first_line, require
 from onechip.files import atomic_write, read_json
-from onechip.hub import load_hub, try_again
+from onechip.hub import is_repo_name, load_hub, try_again
 from onechip.runfolder import ABOUT, CONFIG, PARAMS, STATE, TOKENIZER, RunFolder
 from onechip.weights import weight_shapes
 
@@ -38,12 +38,18 @@ class ModelFiles(NamedTuple):
         """The parameters as a pytree of NumPy arrays, of the model's structure; UserError names what does not fit."""
         arrays = load_arrays(self.weights)
         if self.foreign:
-            arrays = model.read(config, arrays)
+            require(model.read, "model", model.name, f"does not read the format of {self.weights}")
+            try:
+                arrays = model.read(config, arrays)
+            except (KeyError, ValueError) as error:
+                reason = f"not the arrays of this model ({first_line(error)})"
+                raise UserError(f"{self.weights}: {reason}; get it again") from None
         return unflatten(weight_shapes(config, model.weights(config)), arrays)
 
     def make_config(self, config_class):
         """The Config that the model was trained with; UserError if its fields are not those of config_class."""
         fields = self.about.get("config", self.about)  # a checkpoint's holds nothing else
+        require(isinstance(fields, dict), "config", fields, "config.json must have an object in braces there")
         known = {field.name for field in dataclasses.fields(config_class)}
         unknown = sorted(set(fields) - known)
         remedy = f"{config_class.__name__} has no such field: open it with the notebook that trained it"
@@ -55,7 +61,9 @@ def find_model_files(source):
     """The ModelFiles of a run's folder, a checkpoint, an export, or a Hub repository; UserError if it is none."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        require(re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)), "model", str(source), "no such folder, nor a repository")
+        names = str(source).split("/")
+        on_hub = len(names) == 2 and all(map(is_repo_name, names))
+        require(on_hub, "model", str(source), "no such folder, nor a repository, owner/name")
         fetch = lambda: load_hub().snapshot_download(source, ignore_patterns="checkpoints/*")
         folder = Path(try_again(fetch, f"{source}: no folder, and cannot be downloaded"))
     run, weights = folder, newest_checkpoint(RunFolder(folder).checkpoints)
@@ -103,9 +111,14 @@ def copy_into(folder, *paths):
 
 
 def export_weights(result):
-    """Copies the newest checkpoint's weights, the config and the curve of a run to its folder model/; returns that."""
+    """Copies the newest checkpoint's weights, the config and the curve of a run to its folder model/; returns that.
+
+    UserError if the run was interrupted before its first step.
+    """
     run = RunFolder(result.run_dir)
-    copy_into(run.model, newest_checkpoint(run.checkpoints) / PARAMS, run.config, run.picture)
+    newest = newest_checkpoint(run.checkpoints)
+    require(newest, "model", str(run.path), "has no checkpoint yet: the same command trains on")
+    copy_into(run.model, newest / PARAMS, run.config, run.picture)
     return run.model
 
 
