@@ -30,7 +30,11 @@ def load_hub():
     # Plain HTTP respects these time-outs; a xet download can hang for ever (huggingface_hub#4085).
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.utils import _http
+
+    if "HF_HUB_DISABLE_XET" in os.environ:  # another library may have imported the client before
+        constants.HF_HUB_DISABLE_XET = os.environ["HF_HUB_DISABLE_XET"].upper() in constants.ENV_VARS_TRUE_VALUES
 
     def make_client():
         client = _http.default_client_factory()

@@ -66,7 +66,7 @@ def rope_and_norm(x, cos, sin):
 def rope_and_norm_backward(saved, g):
     x, cos, sin = saved
     r = inverse_rms(x)
-    y, g = x.astype(jnp.float32) * r, apply_rope(g, cos, -sin)
+    y, g = x.astype(jnp.float32) * r, apply_rope(g, cos, -jnp.asarray(sin))
     return (r * (g - y * jnp.mean(g * y, axis=-1, keepdims=True))).astype(x.dtype), None, None
 
 

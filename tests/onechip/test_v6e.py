@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from onechip.chips import GIB, topology_devices
-from onechip.fit import DoesNotFit, describe, measure, peak_rate, preflight
+from onechip.fit import DoesNotFit, describe, measure, peak_rate, require_fit
 
 train = importlib.import_module("02_train")
 
@@ -126,5 +126,5 @@ def test_a_v5e_refuses_what_a_v6e_takes():
     large = train.Config(n_head=4, aspect_ratio=128, device_batch_size=1, total_batch_size=1, **tables)
     wanted = "GiB of the 15.75 GiB of 1 x TPU v5 lite; n_head=3, n_kv_head=3 fits, with"
     with pytest.raises(DoesNotFit, match=wanted):
-        preflight(work_on("v5e:1x1"), large)
-    assert preflight(work_on("v6e:1x1"), large).fits
+        require_fit(work_on("v5e:1x1"), large)
+    assert require_fit(work_on("v6e:1x1"), large).fits
