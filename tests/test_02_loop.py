@@ -50,6 +50,7 @@ from safetensors.numpy import load_file
 from onechip import session
 from onechip.checkpoints import write_checkpoint
 from onechip.errors import UserError
+from onechip.fit import peak_rate
 from onechip.hub import open_mirror
 from onechip.machine import read_secret
 from onechip.session import Session
@@ -180,6 +181,17 @@ def test_loss_png_is_a_picture(straight):
     """loss.png opens as an image of a useful size and is not one flat colour."""
     picture = matplotlib.image.imread(straight[0].run_dir / "loss.png")
     assert picture.shape == (600, 960, 4) and picture[..., :3].std() > 0.05
+
+
+def test_mfu_is_shown_where_the_devices_peak_is_known():
+    """The peak of all devices over the model's FLOPs per token; None on a device that is not in the table."""
+
+    def peak_on(kind):
+        mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)] * 4), size=4)
+        return peak_rate(train.workload(mesh), tiny())
+
+    assert peak_on("TPU v6 lite") == pytest.approx(4 * 918e12 / train.flops_per_token(tiny()))
+    assert peak_on("cpu") is None
 
 
 def trace_files(run_dir):

@@ -1,11 +1,9 @@
-"""What TensorBoard shows of a run: the charts are metrics.jsonl, and a real browser shows them and the trace."""
+"""What TensorBoard shows of a run in a real browser: the charts are metrics.jsonl, and the trace has its steps."""
 
 import contextlib
 import gzip
-import importlib
 import json
 import os
-import random
 import re
 import shutil
 import socket
@@ -16,44 +14,19 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from corpus import train_tiny
 
 from onechip.chips import CHIPS, Chip
 from onechip.runlog import CHARTS, RunLog
 
-tok = importlib.import_module("01_tokenizer")
-train = importlib.import_module("02_train")
+pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.slow]
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Nothing beyond loopback: XProf asks for a chart library elsewhere, and must do without it here.
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --window-size=1500,1000""".split()
 FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-
-
-def make_rows(first, last, every=4):
-    """Rows as a run writes them: one per step, one more per evaluation."""
-    rows = []
-    for step in range(first, last + 1):
-        rows.append({"step": step, "loss": 9 / step, "grad_norm": 0.5, "lr": 1e-3 * step, "time": 1000.0 + step})
-        if step % every == 0:
-            rows.append({"step": step, "val_loss": 8 / step, "val_bpb": 2 / step})
-    return rows
-
-
-def read_charts(folder):
-    """tag -> [(step, value), ...] in the order of the file, as TensorBoard itself reads the folder's event files."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-
-    charts = {}
-    for path in sorted(Path(folder).glob("*tfevents*")):
-        for event in LegacyEventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                charts.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return charts
 
 
 def charts_of(rows):
@@ -67,52 +40,19 @@ def charts_of(rows):
 
 
 def write_log(folder, old, new):
-    """A process's share of a run: begins with the rows `old`, adds `new`."""
+    """One process of a run: begins with the rows `old`, adds `new`."""
     log = RunLog(folder / "metrics.jsonl", 100, 0, tokens_per_step=8, rows=old)
     for row in new:
         log.write(row)
     log.close()
 
 
-def test_a_resumed_run_has_every_step_once(tmp_path):
-    """Killed behind step 11, resumed from a checkpoint of step 8: no zigzag, one file, what metrics.jsonl says."""
-    write_log(tmp_path, [], make_rows(1, 11))
-    assert read_charts(tmp_path) == charts_of(make_rows(1, 11))
-    write_log(tmp_path, make_rows(1, 8), make_rows(9, 13))
-    assert read_charts(tmp_path) == charts_of(make_rows(1, 13))
-    assert len(list(tmp_path.glob("*tfevents*"))) == 1
-
-
-def test_a_run_needs_no_tensorboard(tmp_path):
-    """Where it is not installed, training goes on with metrics.jsonl alone and without a word."""
-    code = "import common, pathlib, sys; log = RunLog(pathlib.Path(sys.argv[1]) / 'metrics.jsonl', 9, 0, 8); "
-    code += "log.write({'step': 1, 'loss': 2.0}); log._bar.disable = True; log.close()"
-    hidden = os.environ | {"HIDDEN_MODULES": "tensorboard"}
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=hidden, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "", done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# In a browser
-
-
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    """The folder of a real run of 24 steps with a trace of five, on a device whose peak is said to be known."""
-    rng, folder = random.Random(0), tmp_path_factory.mktemp("board")
-    for i in range(3):
-        texts = [" ".join(rng.choices("the of energy light water import return self value".split(), k=60))] * 40
-        (folder / "data").mkdir(exist_ok=True)
-        pq.write_table(pa.table({"text": texts}), folder / "data" / f"{i}.parquet")
-    corpus = tok.folder_corpus(folder / "data")
-    tokenizer = tok.train_tokenizer((text for _, text in tok.read_documents(corpus.train)), 280)
-    sizes = {"n_head": 2, "head_dim": 8, "aspect_ratio": 8, "vocab_size": 280, "seq_len": 24, "attn_impl": "einsum"}
-    batches = {"device_batch_size": 2, "total_batch_size": 2, "num_iterations": 24, "eval_every": 8, "eval_tokens": 99}
+def tiny_run(corpus, tokenizer, tmp_path_factory):
+    """The folder of a real run of 26 steps with a trace of five, on a device whose peak is taken as known."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CHIPS, "cpu", Chip(1e12))
-        train.train(train.Config(dtype="float32", **sizes, **batches), corpus, tokenizer, folder / "runs" / "tiny")
-    return folder / "runs" / "tiny"
+        return train_tiny(corpus, tokenizer, tmp_path_factory.mktemp("board") / "tiny").run_dir
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +126,6 @@ def look(browser, script, frames=0):
         return browser.execute_script(script)
 
 
-@pytest.mark.slow
 def test_the_charts_are_in_the_browser(browser, board, tmp_path):
     """Loss, learning rate, gradient norm, bits per byte, tokens per second and MFU, each a card with a curve."""
     browser.get(f"{board}/#timeseries")
@@ -214,7 +153,6 @@ return false;
 """
 
 
-@pytest.mark.slow
 def test_the_trace_is_in_the_browser(browser, board, tmp_path):
     """The tab Profile finds the run's trace, and its trace viewer holds five steps by their numbers."""
     browser.get(f"{board}/#profile")
@@ -225,13 +163,12 @@ def test_the_trace_is_in_the_browser(browser, board, tmp_path):
     keep_picture(browser, "trace.png", tmp_path)
 
 
-@pytest.mark.slow
 def test_an_open_tensorboard_follows_a_resumed_run(board, tiny_run):
-    """The server's chart of a run that is resumed under its eyes: no step twice, none of the part thrown away."""
+    """The server's chart of a run that is resumed while it looks: no step twice, none of the part thrown away."""
     chart = lambda tag: ask(board, "plugin/scalars/scalars", run=".", tag=tag) or []
     points = lambda tag: [(step, pytest.approx(value)) for _, step, value in chart(tag)]
     rows = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
-    wait_for(lambda: len(chart("loss/training, nats per token")) == 24)
+    wait_for(lambda: len(chart("loss/training, nats per token")) == 26)
     for tag, expected in charts_of(rows).items():
         wait_for(lambda tag=tag, expected=expected: points(tag) == expected)
     assert set(charts_of(rows)) == set(CHARTS.values())
