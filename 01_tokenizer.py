@@ -362,8 +362,8 @@ def find_sources(stdlib):
 def split_text(text, max_chars, cuts):
     """Yields pieces of at most `max_chars` characters that together are the text.
 
-    cuts: regular expressions, best first. A piece ends behind the last match of the first one that matches in its
-    second half; where none does, it ends at `max_chars`.
+    cuts: regular expressions, best first. A piece ends right after the last match of the first one that matches in its
+    second half; if none does, it has `max_chars`.
     """
     start = 0
     while len(text) - start > max_chars:
@@ -1049,7 +1049,7 @@ def load_tiktoken(timeout=30.0):
     """{name: function that counts the tokens in texts} of GPT-2 and GPT-4; empty if they cannot be loaded in time."""
     tables = {"GPT-2, 50,257": "gpt2", "GPT-4, 100,277": "cl100k_base"}
     try:
-        with ThreadPool(1) as pool:  # the download has no time-out of its own: its thread may be left behind
+        with ThreadPool(1) as pool:  # the download has no time-out of its own: its thread may stay
             encodings = pool.apply_async(lambda: list(map(tiktoken.get_encoding, tables.values()))).get(timeout)
     except Exception:  # of tiktoken, requests, or the time-out
         say("tiktoken cannot load its tables (no network?): GPT-2 and GPT-4 are not shown")

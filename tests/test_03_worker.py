@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -32,7 +31,7 @@ from onechip.settings import Run
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
 worker = importlib.import_module("03_worker")
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "interruptible")
 
 MODEL = {
     **{"n_head": 2, "n_kv_head": 1, "head_dim": 8, "aspect_ratio": 8, "vocab_size": 300, "seq_len": 24},
@@ -44,14 +43,6 @@ SPACE = {
     "n_head": {"values": [2, 3, 5]},
     "device_batch_size": {"values": [1, 2, 6]},
 }
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Ctrl-C works, also where pytest was started in the background and ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
@@ -173,6 +164,7 @@ def exhaust_memory(step):
     return failing
 
 
+@pytest.mark.slow
 def test_ten_failures_leave_no_array_and_no_thread(corpus, tmp_path, monkeypatch):
     """A failed trial leaves nothing on the device, even if its traceback is kept, and the eleventh trial runs."""
     kept = []

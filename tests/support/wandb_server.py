@@ -66,7 +66,7 @@ class WandbServer:
         self.runs, self.sweeps, self.agents, self.sweep_of = {}, {}, {}, {}
         self.requests, self.unknown, self.faults, self.artifacts = [], [], [], []
         self.propose = lambda number: {}
-        self._told, self._again, self._lock = {}, [], threading.RLock()
+        self._stopped, self._again, self._lock = {}, [], threading.RLock()
 
     def __enter__(self):
         handler = type("Handler", (_Handler,), {"server_state": self})
@@ -119,8 +119,8 @@ class WandbServer:
         """The commands for an agent: stop for a run that is to end, what to do next for an idle one."""
         self.agents[agent] = time.monotonic()
         for name in states:
-            if self.runs[name].stop and not self._told.get((agent, name)):
-                self._told[agent, name] = True
+            if self.runs[name].stop and not self._stopped.get((agent, name)):
+                self._stopped[agent, name] = True
                 return [{"type": "stop", "run_id": name}]
         busy = any(run.agent == agent for run in self.runs.values())
         return [] if busy or states else self.hand_out(agent)
