@@ -1,0 +1,103 @@
+"""02's way from a Run's settings to a trained model: the tokenizer, the text and the folder that a run keeps."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from corpus import list_checkpoints, newest, read_rows, tiny, write_documents
+
+from onechip.errors import UserError
+from onechip.machine import home
+from onechip.runfolder import RunFolder
+from onechip.settings import Run
+
+tok = importlib.import_module("01_tokenizer")
+train = importlib.import_module("02_train")
+pytestmark = pytest.mark.usefixtures("compiled_once", "interruptible")
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of parquet shards of this test's own, and an empty home for tokenizers."""
+    folder = tmp_path / "text"
+    for i, count in enumerate((40, 40)):
+        tok.write_shard(folder / f"shard_{i:05d}.parquet", write_documents(count, i, 30), 7)
+    shutil.rmtree(home() / "tokenizers", ignore_errors=True)
+    return folder
+
+
+def run_of(shards, tmp_path, name, **settings):
+    return Run(preset="laptop", data=str(shards), num_shards=1, name=name, out=str(tmp_path / "runs"), **settings)
+
+
+def config_of(steps=12):
+    return tiny(num_iterations=steps, eval_every=0, save_every=4, warmdown_ratio=0.0, vocab_size=280)
+
+
+def other_tokenizer(shards):
+    """Puts another tokenizer where the corpus has its own: what another Python or --max_train_chars would do."""
+    (path,) = (home() / "tokenizers").glob("*/tokenizer.json")
+    few = tok.train_tokenizer(["the the and and of of import return " * 9, "naive water " * 99], 280)
+    tok.save_tokenizer(few, path)
+    return tok.tokenizer_hash(few)
+
+
+def test_a_run_keeps_the_tokenizer_it_began_with(shards, tmp_path, capsys):
+    """The corpus has got another one in between, whose ids mean other words. The run resumes to the last bit."""
+    train.train_run(run_of(shards, tmp_path, "whole"), config_of())
+    train.train_run(run_of(shards, tmp_path, "cut"), config_of(8))
+    other = other_tokenizer(shards)
+    result, tokenizer, _ = train.train_run(run_of(shards, tmp_path, "cut"), config_of())
+    assert tok.tokenizer_hash(tokenizer) != other and "tokenizer_sha256" not in capsys.readouterr().out
+    runs = tmp_path / "runs"
+    assert [row["loss"] for row in read_rows(runs / "whole") if "loss" in row] == [
+        row["loss"] for row in read_rows(runs / "cut") if "loss" in row
+    ]
+    names = ("params.safetensors", "opt.safetensors", "stream.safetensors", "tokenizer.json")
+    for name in names:  # left-over tokens too: they do not grow with a resume
+        assert (newest(runs / "whole") / name).read_bytes() == (newest(runs / "cut") / name).read_bytes()
+
+
+def test_another_tokenizer_is_refused_where_its_own_is_gone(shards, tmp_path):
+    """Both hashes and the way out in one line; nothing is lost."""
+    train.train_run(run_of(shards, tmp_path, "run"), config_of(8))
+    folder = RunFolder(tmp_path / "runs" / "run")
+    kept = tok.tokenizer_hash(tok.load_tokenizer(folder.tokenizer))
+    folder.tokenizer.unlink()
+    for path in folder.checkpoints.glob("*/tokenizer.json"):  # as checkpoints were before they held one
+        path.unlink()
+        manifest = path.with_name("manifest.json")
+        manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != path.name}))
+    other, before = other_tokenizer(shards), list_checkpoints(folder.path)
+    with pytest.raises(UserError, match=rf"^tokenizer_sha256='{other}': .*{kept}.* another name") as caught:
+        train.train_run(run_of(shards, tmp_path, "run"), config_of())
+    assert "\n" not in str(caught.value) and list_checkpoints(folder.path) == before
+
+
+def test_other_text_is_refused_unless_asked_for(shards, tmp_path, capsys):
+    """The same names and sizes are not enough; --other_data true resumes and says what has changed."""
+    train.train_run(run_of(shards, tmp_path, "run"), config_of(8))
+    tok.write_shard(shards / "shard_00000.parquet", write_documents(40, 9, 30), 7)
+    with pytest.raises(UserError, match="^data=.*was trained with .*--other_data true"):
+        train.train_run(run_of(shards, tmp_path, "run"), config_of())
+    result, _, _ = train.train_run(run_of(shards, tmp_path, "run", other_data=True), config_of())
+    assert result.step == 12 and "changed: data is " in capsys.readouterr().out
+
+
+HOLD = "import sys; from onechip.lock import RunLock\nwith RunLock(sys.argv[1]): print(flush=True); sys.stdin.read()"
+
+
+def test_a_run_has_one_owner(shards, tmp_path):
+    """A second start is one line that names the first, and touches nothing; after its end the run is free."""
+    lock = RunFolder(tmp_path / "runs" / "run").lock
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], **pipes) as first:
+        first.stdout.readline()
+        with pytest.raises(UserError, match=f"process {first.pid} on .* has this run"):
+            train.train_run(run_of(shards, tmp_path, "run"), config_of(4))
+        assert [path.name for path in lock.parent.iterdir()] == [lock.name]
+    result, _, _ = train.train_run(run_of(shards, tmp_path, "run"), config_of(4))
+    assert result.step == 4 and not lock.exists()
