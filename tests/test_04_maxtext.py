@@ -31,6 +31,7 @@ from reference import (
 )
 from safetensors.numpy import load_file
 
+from onechip import session
 from onechip.checkpoints import flatten
 from onechip.errors import UserError
 from onechip.session import Session
@@ -352,7 +353,7 @@ def train_small(corpus, tokenizer, run_dir, **changes):
 def straight(corpus, tokenizer, tmp_path_factory):
     """The result of 12 steps left alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "git_commit", lambda: "a commit")
+        patch.setattr(session, "git_commit", lambda: "a commit")
         return train_small(corpus, tokenizer, tmp_path_factory.mktemp("runs") / "straight")
 
 
@@ -369,7 +370,7 @@ def test_a_run_learns_samples_and_leaves_02s_files(straight):
 
 def test_a_run_that_crashed_resumes_to_the_same_bits(straight, corpus, tokenizer, tmp_path, monkeypatch):
     """Killed after step 7 and started again, it ends with the metrics, parameters and moments of a run left alone."""
-    monkeypatch.setattr(train, "git_commit", lambda: "a commit")
+    monkeypatch.setattr(session, "git_commit", lambda: "a commit")
     advance = Session.advance
 
     class Stop(Exception):
