@@ -408,7 +408,7 @@ def made_up_result(config, run_dir, params):
     about |= {"model": maxtext.SWIGLU.name, "commit": None, "jax": "1.2.3", "device": "1 x cpu"}
     (run_dir / "config.json").write_text(json.dumps(about))
     (run_dir / "loss.png").write_bytes(b"a picture")
-    return train.Result(params, 7, 3.2, 1.9, 2.4, [], run_dir)
+    return session.Result(params, 7, 3.2, 1.9, 2.4, [], run_dir)
 
 
 @pytest.fixture(scope="module")
