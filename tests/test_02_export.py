@@ -105,6 +105,20 @@ def test_any_checkpoint_opens_also_apart_from_its_run(straight, tokenizer, tmp_p
         assert {f"params.{name}": a.tobytes() for name, a in flatten(opened.params).items()} == expected
 
 
+def test_a_run_of_before_is_02s_model(straight, exported, tmp_path):
+    """Until 2026-11-21 config.json named no model, and a checkpoint had its settings alone; an export is as it was."""
+    shutil.copytree(straight[0].run_dir, tmp_path / "run")
+    for path in tmp_path.rglob("onechip.json"):
+        path.unlink()
+    for path in (*tmp_path.rglob("checkpoints/*/tokenizer.json"), tmp_path / "run" / "tokenizer.json"):
+        path.unlink()
+    for path in (tmp_path / "run" / "config.json", tmp_path / "run" / "model" / "config.json"):
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model"}))
+    for path in (tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "step_00000026"):
+        opened = train.open_model(path)
+        assert opened.config == tiny() and opened.model is train.GPT and same_params(opened, straight[0].params)
+
+
 def test_a_hub_repository_opens(hub, straight, corpus, tokenizer, exported, tmp_path):
     """One that an export was uploaded to, and one that a run in progress keeps its checkpoints in."""
     assert upload_folder(exported, names_of_files(exported), TOKEN, "someone/exported")

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -309,13 +310,52 @@ def test_the_curve_of_a_resumed_run_shows_all_of_it(tmp_path, drawn):
 
 def test_a_restored_state_is_placed_as_the_new_one_would_be(straight):
     """On the devices and with the sharding that the template names, each array bit for bit."""
-    mesh = jax.make_mesh((1,), ("data",))
-    split = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     like = {**LIKE, "params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=split)}}
     with Session(straight, Config(), ORIGIN) as run:
         state = run.restore(like)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda leaf: leaf.sharding, like)
     assert np.asarray(state["params"]["w"]).tobytes() == read_arrays(newest(straight))["params.w"][2]
+
+
+@pytest.mark.parametrize(
+    "origin, said",
+    [
+        ({"model": "a", "optimizer": "sgd"}, "^optimizer='sgd': .* was trained with 'adamw'; .* another name$"),
+        ({"model": "b", "optimizer": "adamw"}, "^model='b': .* was trained with 'a'; .* another name$"),
+        (
+            {"data": {"name": "letters"}},
+            "^data={'name': 'letters'}: .* was trained with {'name': 'numbers'}; .*--other_",
+        ),
+        ({"data": "letters"}, "^data='letters': .* was trained with {'name': 'numbers'}; .*--other_data true$"),
+        ({"tokenizer_sha256": "2"}, "^tokenizer_sha256='2': .* was trained with '1'"),
+    ],
+)
+def test_what_a_run_keeps_is_named_before_its_settings(tmp_path, origin, said):
+    """Another model has other settings as well: the line is about what makes it another run."""
+    before = ORIGIN | {"model": "a", "optimizer": "adamw", "tokenizer_sha256": "1"}
+    drive(tmp_path, num_iterations=2, origin=before)
+    with pytest.raises(UserError, match=said) as raised:
+        drive(tmp_path, width=4, origin=before | origin)
+    assert is_one_line(raised.value)
+
+
+def test_what_an_older_checkpoint_does_not_name_is_no_change(tmp_path, capsys):
+    """Model and optimizer have had names since 2026-11-21; scores and notes had other names before."""
+    drive(tmp_path, num_iterations=2, notes={"wandb": "3f9a"})
+    path = newest(tmp_path)
+    record = read_record(tmp_path)
+    record |= {"best_val_bpb": 0.125, "best_step": 1, "remember": record.pop("notes")}
+    del record["best_score"]
+    files = {file.name: file.read_bytes() for file in path.iterdir() if file.name != "manifest.json"}
+    shutil.rmtree(path)
+    write_checkpoint(path, files | {"state.json": json.dumps(record).encode()})
+    drive(tmp_path, num_iterations=3, origin=ORIGIN | {"model": "a", "optimizer": "adamw"}, metric="val_bpb")
+    record = read_record(tmp_path)
+    assert (record["best_step"], record["best_score"], record["notes"]) == (1, 0.125, {"wandb": "3f9a"})
+    assert capsys.readouterr().out.count("changed: ") == 1, "the number of steps"
+    assert record["made_from"]["model"] == "a"
 
 
 def test_another_fixed_setting_is_refused_and_nothing_is_touched(tmp_path):
