@@ -229,7 +229,7 @@ class TrainConfig:
     dtype: str = setting("bfloat16", "compute type; master weights stay float32", choices=("bfloat16", "float32"))
     device_batch_size: int = setting(4, "sequences per microbatch and device", at_least=1)
     total_batch_size: int = setting(64, "sequences per step, on all devices, accumulated", fixed=True, at_least=1)
-    num_iterations: int = setting(20000, "optimizer steps", at_least=1, at_most=2**31 - 1)
+    num_iterations: int = setting(20000, "optimizer steps", at_least=1)
     learning_rate: float = setting(7e-4, "peak learning rate", above=0)
     weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only", at_least=0)
     beta1: float = setting(0.9, "AdamW: decay of the first moment", at_least=0, below=1)

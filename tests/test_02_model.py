@@ -75,7 +75,7 @@ REFUSED = [
     (dict(device_batch_size=0), "device_batch_size=0", "positive"),
     (dict(total_batch_size=0), "total_batch_size=0", "positive"),
     (dict(total_batch_size=63), "total_batch_size=63", "multiple of device_batch_size=4"),
-    (dict(num_iterations=0), "num_iterations=0", "[1, 2147483647]"),
+    (dict(num_iterations=0), "num_iterations=0", "must be a positive integer"),
     (dict(learning_rate=0.0), "learning_rate=0.0", "greater than 0"),
     (dict(learning_rate=float("nan")), "learning_rate=nan", "finite"),
     (dict(learning_rate=float("inf")), "learning_rate=inf", "finite"),
