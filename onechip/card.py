@@ -2,6 +2,8 @@
 
 import json
 
+from onechip.runfolder import RunFolder
+
 
 def describe_score(result):
     """The held-out score in words: bits per byte next to gzip's, and nats per token; None if none was taken."""
@@ -10,25 +12,33 @@ def describe_score(result):
     nats = f"{result.val_loss:.3f} nats per token"
     if result.val_bpb is None:
         return nats
-    return f"{result.val_bpb:.3f} bits per byte, where gzip -9 needs {result.gzip_bpb:.3f}; {nats}"
+    gzip = "" if result.gzip_bpb is None else f", where gzip -9 needs {result.gzip_bpb:.3f}"
+    return f"{result.val_bpb:.3f} bits per byte{gzip}; {nats}"
 
 
 def describe_result(result, config):
     """What a run has reached, in a few lines: steps, scores, samples, and the files in its folder.
 
-    result has step, val_loss, val_bpb, gzip_bpb, samples and run_dir. val_loss (nats per token) and val_bpb (bits per
-    byte) are None where there is no such score.
+    result has step, val_loss, val_bpb, gzip_bpb, samples and run_dir. val_loss (nats per token), val_bpb and gzip_bpb
+    (bits per byte) are None where there is no such score.
     """
     lines = [f"trained: {result.step:,} of {config.num_iterations:,} steps"]
     if result.val_loss is not None:
         lines[0] += f", held-out loss {result.val_loss:.3f} nats per token"
     if result.val_bpb is not None:
-        gain = 1 - result.val_bpb / result.gzip_bpb
-        verdict = f"{gain:.0%} below" if gain > 0 else f"{-gain:.0%} above"
-        lines.append(f"held-out text: {result.val_bpb:.3f} bits per byte, {verdict} gzip -9 with {result.gzip_bpb:.3f}")
+        lines.append(f"held-out text: {result.val_bpb:.3f} bits per byte{compare_with_gzip(result)}")
     lines += [f"sample: {prompt!r} -> {text!r}" for prompt, text in result.samples]
     lines.append(f"left in {result.run_dir}: {', '.join(list_files(result.run_dir))}")
     return "\n".join(lines)
+
+
+def compare_with_gzip(result):
+    """How far bits per byte are below or above gzip's, in words; empty where the text was not compressed."""
+    if result.gzip_bpb is None:
+        return ""
+    gain = 1 - result.val_bpb / result.gzip_bpb
+    verdict = f"{gain:.0%} below" if gain > 0 else f"{-gain:.0%} above"
+    return f", {verdict} gzip -9 with {result.gzip_bpb:.3f}"
 
 
 def list_files(folder):
@@ -50,37 +60,60 @@ with `encode_special_tokens = True` for text that you did not write. Every docum
 `<|bos|>`, which neither adds. The weights are plain arrays by name in `params.safetensors`."""
 
 
-def model_card(result, about, parameters, loading, dataset="", notes=PLAIN_WEIGHTS, library="jax"):
+def describe_data(data):
+    """The training data in words: name, revision and number of shards, as far as they are known; None if nothing is."""
+    parts = [data["name"]] if "name" in data else []
+    parts += [f"at revision `{data['revision']}`"] if "revision" in data else []
+    shards = [f"{data['shards']} training shards"] if "shards" in data else []
+    return ", ".join([" ".join(parts)] * bool(parts) + shards) or None
+
+
+def model_card(
+    result,
+    about,
+    parameters,
+    loading,
+    dataset="",
+    notes=PLAIN_WEIGHTS,
+    library="jax",
+    dtype="float32",
+    style="nanochat",
+):
     """README.md of a model's repository: what it is, how good it is, what it was trained on, how to load it.
 
     about: the run's config.json as a dict; parameters: their number; loading: lines of Python that sample from the
     model and run unchanged in a clone of the code's repository; dataset: the Hub's name of the training data, if it has
-    one; notes: what else to know for loading it; library: the Hub's name of the library that `loading` uses.
+    one; notes: what else to know for loading it; library: the Hub's name of the library that `loading` uses; dtype: of
+    the weights in this repository; style: whose architecture it follows.
     """
-    config, data, commit = about["config"], about["data"], about["commit"] or "unknown"
+    config, commit = about["config"], about["commit"] or "unknown"
     batch = config["total_batch_size"] * config["seq_len"]
     rows = {
-        "held-out text": describe_score(result) or "not taken yet",
-        "size": f"{parameters:,} parameters, float32",
+        "held-out text": describe_score(result) or "not evaluated yet",
+        "size": f"{parameters:,} parameters, {dtype}",
         "trained": f"{result.step:,} of {config['num_iterations']:,} steps of {batch:,} tokens, "
         f"{result.step * batch:,} in all",
-        "data": f"{data['name']} at revision `{data['revision']}`, {data['shards']} training shards",
+        "data": describe_data(about.get("data") or {}),
         "tokenizer": f"byte-level BPE, {config['vocab_size']:,} tokens",
-        "made with": f"commit {commit[:12]}{commit[40:]}, jax {about['jax']}, {about['device']}",
+        "trained with": f"commit {commit[:12]}{commit[40:]}, jax {about['jax']}, {about['device']}",
     }
     samples = "\n".join(f"{prompt!r} -> {text!r}" for prompt, text in result.samples)
     return MODEL_CARD.format(
         name=result.run_dir.name,
         datasets=f"datasets:\n- {dataset}\n" if dataset else "",
-        table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        table="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value),
         loading=loading.strip(),
         notes=notes,
         library=library,
+        style=style,
+        tag=style.lower(),
+        picture=PICTURE if RunFolder(result.run_dir).picture.exists() else "",
         samples=samples or "none were taken",
         config=json.dumps(config, indent=2),
     )
 
 
+PICTURE = "\n![Training and held-out loss](loss.png)\n"
 MODEL_CARD = """\
 ---
 license: mit
@@ -89,20 +122,18 @@ pipeline_tag: text-generation
 tags:
 - jax
 - gpt
-- nanochat
+- {tag}
 - onechip
 {datasets}---
 # {name}
 
-A GPT in the style of nanochat, pretrained from scratch by onechip. It continues a text. It has not been trained to
+A GPT in the style of {style}, pretrained from scratch by onechip. It continues a text. It has not been trained to
 answer questions or to follow instructions, and what it writes may be wrong or offensive.
 
 | | |
 |---|---|
 {table}
-
-![Training and held-out loss](loss.png)
-
+{picture}
 ## Load it and sample
 
 ```python

@@ -49,8 +49,10 @@ def test_a_result_is_compared_with_gzip(tmp_path, bpb, verdict):
 
 def test_a_result_may_have_a_loss_alone(tmp_path):
     """A task that is not scored in bits per byte says what it has, and nothing of gzip."""
-    said = describe_result(result_in(tmp_path, val_loss=4.5), CONFIG)
-    assert "held-out loss 4.500 nats per token" in said and "gzip" not in said
+    text = describe_result(result_in(tmp_path, val_loss=4.5), CONFIG)
+    assert "held-out loss 4.500 nats per token" in text and "gzip" not in text
+    text = describe_result(result_in(tmp_path, val_loss=4.5, val_bpb=2.0), CONFIG)
+    assert "held-out text: 2.000 bits per byte\n" in text and "gzip" not in text
 
 
 @pytest.mark.parametrize(
@@ -60,8 +62,9 @@ def test_a_result_may_have_a_loss_alone(tmp_path):
             {"val_loss": 4.5, "val_bpb": 2.0, "gzip_bpb": 2.5},
             "2.000 bits per byte, where gzip -9 needs 2.500; 4.500 nats",
         ),
+        ({"val_loss": 4.5, "val_bpb": 2.0}, "| held-out text | 2.000 bits per byte; 4.500 nats per token |"),
         ({"val_loss": 4.5}, "| held-out text | 4.500 nats per token |"),
-        ({}, "| held-out text | not taken yet |"),
+        ({}, "| held-out text | not evaluated yet |"),
     ],
 )
 def test_a_card_says_how_good_as_far_as_it_is_known(tmp_path, scores, said):
@@ -80,13 +83,15 @@ def test_a_card_is_one_that_the_hub_reads(tmp_path):
         "| trained | 3 of 7 steps of 64 tokens, 192 in all |",
         "| data | stdlib at revision `3.11.7`, 5 training shards |",
         "| tokenizer | byte-level BPE, 1,024 tokens |",
-        "| made with | commit 0123456789ab+, jax 0.10.2, 1 x cpu |",
+        "| trained with | commit 0123456789ab+, jax 0.10.2, 1 x cpu |",
         "```python\nprint(1)\n```\n\nMind this.\n",
         "'a' -> 'b\\n'",
         '"n_head": 3',
-        "(loss.png)",
     ):
         assert said in text
+    assert "loss.png" not in text, "a run without an evaluation has none"
+    (tmp_path / "loss.png").touch()
+    assert "\n\n![Training and held-out loss](loss.png)\n\n" in model_card(result_in(tmp_path), ABOUT, 1, "pass")
 
 
 def test_a_card_does_not_need_all_of_it(tmp_path):
@@ -96,3 +101,22 @@ def test_a_card_does_not_need_all_of_it(tmp_path):
     text = model_card(result, ABOUT | {"commit": None}, 1, "pass")
     assert huggingface_hub.ModelCard(text).data.datasets is None
     assert "none were taken" in text and "commit unknown, jax" in text
+
+
+def test_a_card_knows_tasks_without_shards(tmp_path):
+    """A task may have data of another kind, or none that it names: what is missing is left out."""
+    for data, row in [
+        ({"name": "sums"}, "| data | sums |"),
+        ({"name": "sums", "revision": "1"}, "| data | sums at revision `1` |"),
+        ({"shards": 5}, "| data | 5 training shards |"),
+    ]:
+        assert row in model_card(result_in(tmp_path), ABOUT | {"data": data}, 1, "pass")
+    for about in ({k: v for k, v in ABOUT.items() if k != "data"}, ABOUT | {"data": None}, ABOUT | {"data": {}}):
+        assert "| data |" not in model_card(result_in(tmp_path), about, 1, "pass")
+
+
+def test_a_card_names_the_weights_type_and_the_style(tmp_path):
+    """An export may have other weights than float32, and another architecture than nanochat's."""
+    text = model_card(result_in(tmp_path), ABOUT, 12, "pass", dtype="bfloat16", style="MaxText")
+    assert "| size | 12 parameters, bfloat16 |" in text and "A GPT in the style of MaxText," in text
+    assert {"maxtext", "onechip"} <= set(huggingface_hub.ModelCard(text).data.tags) and "nanochat" not in text
