@@ -4,9 +4,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 from onechip.errors import UserError, first_line
@@ -67,15 +69,80 @@ def atomic_write(path):
         shutil.rmtree(draft.parent, ignore_errors=True)
 
 
+def write_text(path, text):
+    """Writes a text file, UTF-8, completely or not at all."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def write_json(path, value):
     """Writes a value as a JSON file, completely or not at all."""
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def create_whole(path, text):
+    """Creates a complete text file unless it exists; returns whether it did. Of many callers, one does."""
+    draft = draft_path(path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        fsync_path(draft)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links on this file system, such as Google Drive's
+            return _create_in_place(path, text)
+        return True
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _create_in_place(path, text):
+    """As create_whole, but for a moment a reader sees a file that is empty."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def age_of(path):
+    """Seconds since a file was last touched, by the clock of its file system; infinity if it is not there."""
+    probe = draft_path(path)
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def draft_path(path):
+    """A hidden path next to `path`, .NAME.32_HEX_DIGITS, that nobody else uses."""
+    return path.with_name(f".{path.name.lstrip('.')}.{uuid.uuid4().hex}")
+
+
+def is_draft(path, of):
+    """Whether a path could be a draft_path of the path `of`, to the letter."""
+    head, _, tail = path.name.rpartition(".")
+    return head == f".{of.name.lstrip('.')}" and len(tail) == 32 and not tail.strip("0123456789abcdef")
 
 
 def read_json(path):
     """The JSON object in a file, as a dict. UserError, one line with the file's name, for whatever else is there."""
     return _parse_object(_read_text(path, JSON_LIMIT), path)
+
+
+def read_json_or_none(path):
+    """The JSON object in a file, as a dict; None if there is no file, or none that can be read."""
+    try:
+        return read_json(path)
+    except UserError:
+        return None
 
 
 def read_json_lines(path):

@@ -10,14 +10,14 @@ import uuid
 from pathlib import Path
 
 from onechip.errors import UserError
-from onechip.files import fsync_path
+from onechip.files import age_of, create_whole, is_draft, read_json_or_none, write_text
 
 BEAT = 10.0  # seconds between signs of life
 SILENCE = 60.0  # seconds without one after which an owner on another machine is taken for dead
 
 
 def process_start(pid):
-    """When a process was started, as the kernel counts; None if there is no such process, "" if it cannot be told."""
+    """When a process was started, as the kernel counts; None if there is no such process, "" if that is unknown."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -69,40 +69,39 @@ class RunLock:
             )
 
     def _claim(self):
-        if not self._create():
-            owner = self._read()
+        while not create_whole(self._path, json.dumps(self._me) + "\n"):
+            owner = self._read_settled()
             if owner is not None and not self._take_over and self._lives(owner):
                 remedy = f"wait for it, end it, or choose another --name. If it is gone, delete {self._path}"
                 raise UserError(f"{self._path.parent}: {self._describe(owner)} has this run; {remedy}")
-            self._replace()
-
-    def _create(self):
-        """Whether the lock was free; one of many callers gets it."""
-        try:
-            with open(self._path, "x") as file:
-                file.write(json.dumps(self._me) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            return True
-        except FileExistsError:
-            return False
+            if self._path.exists() and self._read() == owner:  # else it was released, or taken by another, just now
+                self._replace()
+                break
+        self._sweep()
 
     def _replace(self):
         """Takes a dead owner's lock; if two do so at once, the last one has it and the other is refused."""
-        draft = self._path.with_name(f"{self._path.name}.{self._me['token']}")
-        draft.write_text(json.dumps(self._me) + "\n")
-        fsync_path(draft)
-        os.replace(draft, self._path)
+        write_text(self._path, json.dumps(self._me) + "\n")
         time.sleep(0.2)
         self.check()
 
+    def _sweep(self):
+        """Deletes the drafts that killed processes have left next to the lock."""
+        for path in self._path.parent.iterdir():
+            if is_draft(path, self._path) and path.is_file() and not path.is_symlink() and age_of(path) > SILENCE:
+                path.unlink(missing_ok=True)
+
     def _read(self):
         """The owner as a dict, or None if there is no lock that can be read."""
-        try:
-            owner = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            return None
-        return owner if isinstance(owner, dict) else None
+        return read_json_or_none(self._path)
+
+    def _read_settled(self):
+        """As _read; without hard links another process may be writing its lock at this moment."""
+        owner = self._read()
+        if owner is None:
+            time.sleep(0.2)
+            owner = self._read()
+        return owner
 
     def _is_mine(self):
         return (self._read() or {}).get("token") == self._me["token"]
@@ -111,11 +110,7 @@ class RunLock:
         if owner.get("host") == socket.gethostname() and isinstance(owner.get("pid"), int):
             started = process_start(owner["pid"])
             return started is not None and started in ("", owner.get("process"))
-        probe = self._path.with_name(f"{self._path.name}.{self._me['token']}")
-        probe.write_text("")
-        age = probe.stat().st_mtime - self._path.stat().st_mtime
-        probe.unlink()
-        return age < SILENCE
+        return age_of(self._path) < SILENCE
 
     def _describe(self, owner):
         return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')},"

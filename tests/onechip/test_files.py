@@ -8,7 +8,18 @@ import os
 import pytest
 
 from onechip.errors import UserError
-from onechip.files import atomic_write, hash_file, link_or_copy, read_json, read_json_lines, write_json
+from onechip.files import (
+    age_of,
+    atomic_write,
+    create_whole,
+    hash_file,
+    link_or_copy,
+    read_json,
+    read_json_lines,
+    read_json_or_none,
+    write_json,
+    write_text,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Written completely or not at all
@@ -141,6 +152,36 @@ def test_json_is_written_as_a_whole_and_read_back(tmp_path):
     assert listing(tmp_path) == ["new", "new/a.json"]
 
 
+def test_text_is_utf8_whatever_the_locale(tmp_path):
+    """As a whole, and the same bytes on every machine."""
+    for text in ("first", "naïve 数据\n"):
+        write_text(tmp_path / "a.md", text)
+        assert (tmp_path / "a.md").read_bytes() == text.encode()
+    assert listing(tmp_path) == ["a.md"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_created_once(tmp_path, monkeypatch, links):
+    """By the first of its creators and by no other, with hard links or without, as on Google Drive."""
+
+    def refuse(*arguments):
+        raise PermissionError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    assert create_whole(tmp_path / "a", "1") and not create_whole(tmp_path / "a", "2")
+    assert (tmp_path / "a").read_text() == "1" and listing(tmp_path) == ["a"]
+
+
+def test_a_files_age_is_by_its_file_systems_clock(tmp_path):
+    """Whatever this machine's clock says; a file that is gone is older than any; no probe is left."""
+    (tmp_path / "a").touch()
+    assert -1 < age_of(tmp_path / "a") < 60
+    os.utime(tmp_path / "a", (1, 1))
+    assert age_of(tmp_path / "a") > 1e9 and age_of(tmp_path / "b") == float("inf")
+    assert listing(tmp_path) == ["a"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # JSON that somebody else may have written
 
@@ -173,6 +214,7 @@ def test_bad_json_is_one_line_with_the_files_name(tmp_path, kind):
         message = str(raised.value)
         assert message.startswith(str(path)) and problem in message and "\n" not in message
         assert len(message) < len(str(path)) + 300
+    assert read_json_or_none(path) is None
 
 
 def test_a_folder_or_a_huge_file_is_not_read_as_json(tmp_path):

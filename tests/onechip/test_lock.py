@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -88,6 +89,78 @@ def test_an_owner_on_another_machine_is_dead_after_a_minute_of_silence(tmp_path)
     os.utime(tmp_path / "owner", (long_ago, long_ago))
     with RunLock(tmp_path / "owner"):
         pass
+
+
+def test_a_lock_that_is_released_meanwhile_is_free(tmp_path, monkeypatch):
+    """An owner on another machine that ends while its lock is looked at: no error, and no probe is left."""
+    path = tmp_path / "owner"
+    with RunLock(path):
+        left = json.loads(path.read_text())
+    path.write_text(json.dumps(left | {"host": "elsewhere", "token": "theirs"}))
+    real = lock.age_of
+    monkeypatch.setattr(lock, "age_of", lambda it: (it.unlink(), real(it))[1])
+    with RunLock(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_another_start_has_taken_meanwhile_is_theirs(tmp_path, monkeypatch):
+    """Of two starts that find a dead owner, the slower one finds a living one when it looks again."""
+    path, first = tmp_path / "owner", hold(tmp_path / "other")
+    path.write_text(json.dumps({"host": "elsewhere", "token": "dead"}))
+
+    def age(it):
+        os.replace(tmp_path / "other", path)
+        return 2 * lock.SILENCE
+
+    monkeypatch.setattr(lock, "age_of", age)
+    with pytest.raises(UserError, match=f"process {first.pid} on .* has this run"):
+        RunLock(path).__enter__()
+    first.communicate()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_starts_one_has_the_lock(tmp_path, monkeypatch, links):
+    """Nobody reads half a lock, and takes it for a dead one's: it appears complete, or is waited for."""
+    if not links:
+        monkeypatch.setattr(os, "link", refuse_links)
+    held, refused = [], []
+
+    def start():
+        try:
+            held.append(RunLock(tmp_path / "owner").__enter__())
+        except UserError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1 and len(refused) == 15 and all("has this run" in line for line in refused)
+    held[0].check()
+    held[0].__exit__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def refuse_links(*arguments):
+    raise PermissionError("no links here")
+
+
+def test_drafts_of_killed_starts_are_swept(tmp_path):
+    """Those of this lock, by their exact names and after a minute; whatever else looks like one is somebody's."""
+    path, hexadecimal = tmp_path / ".owner.json", "0123456789abcdef" * 2
+    old = tmp_path / f".owner.json.{hexadecimal}"
+    young = tmp_path / f".owner.json.{hexadecimal[::-1]}"
+    others = [f".owner.json.{hexadecimal}0", f".owner.json.{hexadecimal[1:]}x", f".other.json.{hexadecimal}", "notes"]
+    for file in (old, young, *(tmp_path / name for name in others)):
+        file.write_text("")
+        if file != young:
+            os.utime(file, (1, 1))
+    (tmp_path / f".owner.json.{'a' * 32}").mkdir()
+    with RunLock(path):
+        assert not old.exists() and young.exists()
+        assert {path.name, young.name, *others, f".owner.json.{'a' * 32}"} == {it.name for it in tmp_path.iterdir()}
 
 
 def test_an_owner_keeps_its_file_fresh(tmp_path, monkeypatch):
