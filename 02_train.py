@@ -121,13 +121,13 @@ import jax.numpy as jnp
 
 from onechip.machine import prepare, wants_a_look
 
-LOOK = __name__ == "__main__" and wants_a_look()
+LOOK = __name__ == "__main__" and wants_a_look()  # the small checks are for a reader: a script with flags skips them
 
 
 def train_toy(steps=60):
     """Trains one layer of causal attention on bytes for a few seconds; prints its loss in nats per byte."""
     T, D = 64, 32
-    text = jnp.frombuffer(inspect.getsource(inspect).encode(), jnp.uint8).astype(jnp.int32)
+    text = jnp.frombuffer(inspect.getsource(inspect).encode(), jnp.uint8).astype(jnp.int32)  # Python that all have
     shapes = {"embed": (256, D), "query": (D, D), "key": (D, D), "value": (D, D), "head": (D, 256)}
     keys = dict(zip(shapes, jax.random.split(jax.random.key(0), len(shapes)), strict=True))
     params = {name: 0.1 * jax.random.normal(keys[name], shape) for name, shape in shapes.items()}
@@ -144,7 +144,7 @@ def train_toy(steps=60):
     def step(params, key):
         starts = jax.random.randint(key, (16,), 0, len(text) - T - 1)
         value, grads = jax.value_and_grad(loss)(params, text[starts[:, None] + jnp.arange(T + 1)])
-        return jax.tree.map(lambda p, g: p - 0.01 * jnp.sign(g), params, grads), value
+        return jax.tree.map(lambda p, g: p - 0.01 * jnp.sign(g), params, grads), value  # signSGD is enough for a toy
 
     for i in range(steps):
         params, value = step(params, jax.random.key(i))
@@ -188,10 +188,12 @@ from onechip.errors import UserError, require
 from onechip.export import export_weights, find_model, find_model_files, names_of_files, write_card
 from onechip.hub import open_mirror, upload_folder
 from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_and_norm, soft_cap
+from onechip.lock import RunLock
 from onechip.machine import give_back_machine, open_tensorboard, read_secret
+from onechip.resume import bring_back, describe_machine, find_tokenizer
 from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
-from onechip.session import Session, describe_machine, find_tokenizer
+from onechip.session import Session
 from onechip.settings import check_fields, choose, setting
 from onechip.weights import Weight, cast_weights, constant, count_by_kind, draw_weights, normal, place_like, uniform
 
@@ -215,7 +217,8 @@ ATTENTION_NAMES = ("einsum", "jax", "splash", "pallas")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What training needs of any model. A model's Config adds n_head, n_kv_head, head_dim, n_embd, n_layer, mlp_dim."""
+    """What training needs of any model. A model's Config adds n_head, n_kv_head, head_dim, n_embd, n_layer, mlp_dim,
+    and is registered with jax.tree_util.register_static; it may override check_sizes and smaller_models."""
 
     vocab_size: int = setting(32768, "tokens in the vocabulary, the nine special ones included", fixed=True, at_least=1)
     seq_len: int = setting(2048, "tokens of context", fixed=True, at_least=2)
@@ -260,6 +263,13 @@ class TrainConfig:
         """{letter: size} of the axes that a weight can have."""
         sizes = {"D": self.n_embd, "N": self.n_head, "K": self.n_kv_head, "H": self.head_dim, "F": self.mlp_dim}
         return {**sizes, "L": self.n_layer, "V": self.vocab_size}
+
+    def check_sizes(self):
+        """Raises UserError for sizes that cannot work; a model's Config says which."""
+
+    def smaller_models(self):
+        """Configs of smaller models, nearest first: what to propose where this one does not fit."""
+        return ()
 
     def __post_init__(self):
         check_fields(self)
@@ -307,7 +317,7 @@ class Config(TrainConfig):
 
 
 # %% [markdown]
-# What is left are relations between fields.
+# Some rules relate two fields.
 
 
 # %% cellView="form"
@@ -315,6 +325,7 @@ class Config(TrainConfig):
 def check_relations(config):
     """Raises UserError for the first relation between a Config's fields that cannot work."""
     c = config
+    require(c.num_iterations < 2**31, "num_iterations", c.num_iterations, "must fit into 32 bits")
     ramps = c.warmup_ratio + c.warmdown_ratio
     require(ramps <= 1, "warmup_ratio + warmdown_ratio", ramps, "must not exceed 1")
     require(c.n_head % c.n_kv_head == 0, "n_kv_head", c.n_kv_head, f"must divide n_head={c.n_head}")
@@ -350,8 +361,8 @@ if LOOK:
 #
 # - **its axes**, by their letters: `"D->NH"` is a matrix from D inputs to N heads of H outputs. Heads are axes of
 #   their own, so that an einsum makes them without a reshape.
-# - **how it starts**: projections out of a block at zero, so that at step 0 the residual stream is the embedding alone
-#   and the loss is exactly log(V), 10.4 nats at 32,768.
+# - **how it starts**: projections out of a block at zero, so that at step 0 the residual stream is the embedding,
+#   scaled. lm_head starts at 0.001, so the first loss is log(V) to within 0.001: 10.4 nats at 32,768.
 # - **its kind**: how it is counted, whether it decays, in which type it computes.
 #
 # Initialization, counting, casting, sharding and the optimizer all read this table. The parameters themselves are a
@@ -489,6 +500,14 @@ ATTENTIONS = dict(
     zip(ATTENTION_NAMES, (attention_einsum, attention_jax, attention_splash, attention_pallas), strict=True)
 )
 
+# %%
+if LOOK:
+    q, k, v = jax.random.normal(jax.random.key(2), (3, 1, toy.seq_len, 2, toy.head_dim))
+    einsum, other = (
+        attention(q, k, v, rope_at(toy, 0, toy.seq_len), 32) for attention in (attention_einsum, attention_jax)
+    )
+    print(f"attention {einsum.shape}: einsum and jax differ by {jnp.max(jnp.abs(einsum - other)):.1e}")
+
 # %% [markdown]
 # While a model writes, the keys and values of the past wait in a cache, and only the new positions are computed. The
 # cache goes in and comes out like everything else; training has none.
@@ -499,8 +518,8 @@ class Cache(NamedTuple):
     """What a model that writes keeps of the tokens so far.
 
     start: how many there are, int32; before: the last of them (B, 1) int32, -1 if there is none; layers: for each, k
-    (B * K, S, H) and v (B * K, H, S), in the form that its two products take: from any other, XLA would make it again
-    for each token. Positions from `start` on may hold anything: no query sees them.
+    (B * K, S, H) and v (B * K, H, S), in the layout that its two products take: any other, XLA would convert for each
+    token. Positions from `start` on may hold anything: no query sees them.
     """
 
     start: jax.Array
@@ -521,9 +540,9 @@ def attend(config, i, rope, start, past, q, k, v):
         return ATTENTIONS[config.attn_impl](q, k, v, rope, config.windows[i]), None
     (B, T, _, H), S = q.shape, past[0].shape[1]
     q, k = rope_and_norm(q, *rope), rope_and_norm(k, *rope)
-    add = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
-    keys = add(past[0], k.transpose(0, 2, 1, 3).reshape(-1, T, H), axis=1)
-    values = add(past[1], v.transpose(0, 2, 3, 1).reshape(-1, H, T), axis=2)
+    append = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
+    keys = append(past[0], k.transpose(0, 2, 1, 3).reshape(-1, T, H), axis=1)
+    values = append(past[1], v.transpose(0, 2, 3, 1).reshape(-1, H, T), axis=2)
     k, v = keys.reshape(B, -1, S, H).transpose(0, 2, 1, 3), values.reshape(B, -1, H, S).transpose(0, 3, 1, 2)
     mask = window_mask(start + jnp.arange(T), jnp.arange(S), config.windows[i])
     return masked_attention(q, k, v, mask), (keys, values)
@@ -539,7 +558,7 @@ def attend(config, i, rope, start, past, q, k, v):
 
 # %%
 def gpt_embed(config, params, tokens, before):
-    """The residual stream (B, T, D) of tokens (B, T); before (B, 1): the token ahead of them, None or -1 if none."""
+    """The residual stream (B, T, D) of tokens (B, T); before (B, 1): the token just before them, -1 or None if none."""
     return rms_norm(params["wte"][tokens])
 
 
@@ -676,10 +695,10 @@ if LOOK:
 # no single token dominates a batch. It bounds exp() as well, so that the usual subtraction of the maximum, a pass over
 # all logits, can be left out.
 #
-# Logits are also the largest thing in training: 8,192 tokens by 32,768 words in float32 are 1 GiB, and autodiff would
-# keep several of that size. `head_loss` of `onechip/layers.py` is the mean of logsumexp(z) - z[y], no more, but forms
-# its gradient where the logits are, slice by slice in the forward pass (the idea of Liger's fused loss and of cut
-# cross-entropy, Wijmans et al., 2024). The check below holds it to the plain version.
+# Logits are also the largest thing in training: 8,192 tokens by 32,768 words in float32 would be 1 GiB, and autodiff
+# would keep several of that size. `head_loss` of `onechip/layers.py` is the mean of logsumexp(z) - z[y], no more, but
+# forms its gradient where the logits are, slice by slice in the forward pass (the idea of Liger's fused loss and of
+# cut cross-entropy, Wijmans et al., 2024). The check below holds it to the plain version.
 
 
 # %%
@@ -809,8 +828,8 @@ def state_shapes(config, mesh, model=GPT, optimizer=ADAMW):
 
 def init_state(config, mesh, model=GPT, optimizer=ADAMW):
     """The state of step 0 from param_seed, on the devices of a mesh."""
-    lies = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(config, mesh, model, optimizer))
-    init = jax.jit(functools.partial(new_state, config, model, optimizer), out_shardings=lies)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(config, mesh, model, optimizer))
+    init = jax.jit(functools.partial(new_state, config, model, optimizer), out_shardings=shardings)
     return init(jax.random.key(config.param_seed))
 
 
@@ -824,26 +843,28 @@ def shares_of_targets(batch, rows):
     if "mask" not in batch:
         return None
     counts = jnp.sum(batch["mask"].reshape(-1, rows * batch["mask"].shape[1]), axis=1, dtype=jnp.float32)
-    return counts / jax.lax.pmean(jnp.mean(counts), "data")
+    mean = jax.lax.pmean(jnp.mean(counts), "data")
+    return counts / jnp.where(mean > 0, mean, 1.0)
 
 
 def accumulate_grads(config, weights, loss, params, batch):
     """Mean loss and float32 gradients over this device's microbatches; loss(params, batch) -> float32 scalar."""
+    rows = config.device_batch_size
     cast_once = cast_weights(weights, params, config.dtype)  # the float32 masters are read once a step
-    shares, rows = shares_of_targets(batch, config.device_batch_size), config.device_batch_size
+    shares = shares_of_targets(batch, rows)
+    microbatches = jax.tree.map(lambda a: a.reshape(-1, rows, *a.shape[1:]), batch)
+    count = len(jax.tree.leaves(microbatches)[0])
 
-    def micro_grads(micro):
-        batch, share = micro
+    def micro_grads(one):
+        batch, share = one
         result = jax.tree.map(lambda g: g.astype(jnp.float32), jax.value_and_grad(loss)(cast_once, batch))
         return result if share is None else jax.tree.map(lambda g: g * share, result)
 
-    micro = jax.tree.map(lambda a: a.reshape(-1, rows, *a.shape[1:]), batch)
-    count = len(jax.tree.leaves(micro)[0])
     if count == 1:
-        return micro_grads(jax.tree.map(lambda a: a[0], (micro, shares)))
+        return micro_grads(jax.tree.map(lambda a: a[0], (microbatches, shares)))
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
     add = lambda total, one: (jax.tree.map(jnp.add, total, micro_grads(one)), None)
-    total, _ = jax.lax.scan(add, zero, (micro, shares))
+    total, _ = jax.lax.scan(add, zero, (microbatches, shares))
     return jax.tree.map(lambda t: t / count, total)
 
 
@@ -857,12 +878,14 @@ def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_en
     remedy = f"must be a multiple of device_batch_size * devices = {config.device_batch_size} * {mesh.size}"
     divides = config.total_batch_size % (config.device_batch_size * mesh.size) == 0
     require(divides, "total_batch_size", config.total_batch_size, remedy)
-    weights, whole, split = model.weights(config), PartitionSpec(), sharding_of(mesh, "B").spec
+    weights = model.weights(config)
+    whole, split = PartitionSpec(), sharding_of(mesh, "B").spec
 
     def device_grads(params, batch):
         grads = accumulate_grads(config, weights, functools.partial(loss, config, model), params, batch)
         return jax.lax.pmean(grads, "data")
 
+    # check_vma=False: the kernels' outputs do not say over which axes they vary.
     all_grads = jax.shard_map(device_grads, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False)
 
     def train_step(state, batch):
@@ -876,8 +899,8 @@ def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_en
         metrics = {"loss": value, "grad_norm": norm, "lr": learning_rate_at(config, step)}
         return {"params": params, "opt": opt, "step": step + 1}, metrics
 
-    lies = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(config, mesh, model, optimizer))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(lies, sharding_of(mesh, "")))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(config, mesh, model, optimizer))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding_of(mesh, "")))
 
 
 # %%
@@ -929,23 +952,26 @@ def workload(mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, batch=TOKEN_B
     )
 
 
-def compile_for_chip(config, topology="v6e:1x1", model=GPT, optimizer=ADAMW):
-    """The training step compiled ahead of time for a TPU topology, as a jax.stages.Compiled; nothing is run."""
-    return fit.compile_step(workload(make_mesh(topology_devices(topology)), model, optimizer), config)
+def compile_for_chip(config, topology="v6e:1x1", model=GPT, **parts):
+    """The training step compiled ahead of time for a TPU topology, as a jax.stages.Compiled; nothing is run.
+
+    parts, here and below: the optimizer, loss and batch of `workload`.
+    """
+    return fit.compile_step(workload(make_mesh(topology_devices(topology)), model, **parts), config)
 
 
-def preflight(config, topology="", model=GPT, optimizer=ADAMW):
+def preflight(config, topology="", model=GPT, **parts):
     """The fit.Fit of a config on a TPU topology, or on the devices attached here; fit.DoesNotFit if it does not."""
-    return fit.require_fit(workload(make_mesh(topology_devices(topology)), model, optimizer), config)
+    return fit.require_fit(workload(make_mesh(topology_devices(topology)), model, **parts), config)
 
 
-def show_fit(config, topology="", model=GPT, optimizer=ADAMW):
+def show_fit(config, topology="", model=GPT, **parts):
     """Prints what a step needs, or refuses it. topology: "" for the devices attached here.
 
-    With one, or "here", other microbatches and the largest batch are looked for as well, and the program ends.
+    With a topology or "here": also compares microbatches, searches for the largest batch, then exits.
     """
-    work = workload(make_mesh(topology_devices("" if topology == "here" else topology)), model, optimizer)
-    fit.show(work, config, further=bool(topology))
+    mesh = make_mesh(topology_devices("" if topology == "here" else topology))
+    fit.show(workload(mesh, model, **parts), config, further=bool(topology))
 
 
 # %% [markdown]
@@ -984,10 +1010,15 @@ def make_evaluator(config, model, mesh, held_out, token_bytes):
 
 
 # %%
-def pretraining(config, corpus, tokenizer):
-    """The Task of predicting each next token of a corpus; UserError if corpus, tokenizer and config do not agree."""
+def check_vocabulary(config, tokenizer):
+    """Raises UserError unless the tokenizer has exactly vocab_size tokens."""
     size = tokenizer.get_vocab_size()
     require(size == config.vocab_size, "vocab_size", config.vocab_size, f"the tokenizer has {size} tokens: use {size}")
+
+
+def pretraining(config, corpus, tokenizer):
+    """The Task of predicting each next token of a corpus; UserError if corpus, tokenizer and config do not agree."""
+    check_vocabulary(config, tokenizer)
     held_out = tok.load_held_out(tokenizer, corpus, config.eval_tokens, config.seq_len)
     lengths, batch_tokens = tok.token_byte_lengths(tokenizer), config.total_batch_size * config.seq_len
     stream = functools.partial(tok.token_stream, tokenizer, corpus.train, batch_tokens)
@@ -1028,24 +1059,20 @@ if LOOK:
 
 
 # %%
-def train(
-    config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sample=None, accept=(), on_log=None, mirror=None,
-    notes=None,
-):  # fmt: skip
+def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sample=None, **session):
     """Trains from the newest checkpoint in `run_dir`, or from the seed, to config.num_iterations; returns a Result.
 
-    sample(params) -> [(prompt, continuation)]; accept: ("data",) resumes with text of another revision; on_log(row)
-    gets every row of metrics.jsonl as a dict; mirror, a onechip.hub.HubMirror, keeps checkpoints elsewhere; notes, JSON
-    such as a wandb run's id, travel in them.
-    KeyboardInterrupt and SIGTERM save what was reached and return it. UserError: bad input, or a loss that is not
-    finite.
+    sample(params) -> [(prompt, continuation)]; session: Session's keywords, such as on_log(row), which gets every row
+    of metrics.jsonl as a dict, mirror, a HubMirror that keeps checkpoints elsewhere, and notes, JSON such as a wandb
+    run's id, which travel in them. KeyboardInterrupt and SIGTERM save what was reached and return it. UserError: bad
+    input, or a loss that is not finite.
     """
     mesh = mesh or make_mesh()
     train_step = make_train_step(config, mesh, model, optimizer, task.loss)
-    score, write = task.score(config, model, mesh), sample or (lambda params: [])
+    score = task.score(config, model, mesh)
+    write_samples = sample or (lambda params: [])
     origin = {"model": model.name, "optimizer": optimizer.name, **task.origin, **describe_machine(mesh)}
-    options = {"metric": task.metric, "accept": accept, "mirror": mirror, "notes": notes, "on_log": on_log}
-    with Session(run_dir, config, origin, **options) as run:
+    with Session(run_dir, config, origin, metric=task.metric, **session) as run:
         state = run.restore(state_shapes(config, mesh, model, optimizer)) or init_state(config, mesh, model, optimizer)
         place = functools.partial(jax.device_put, device=sharding_of(mesh, "B"))
         peak_rate = fit.peak_rate(workload(mesh, model, optimizer), config)
@@ -1059,12 +1086,12 @@ def train(
                     run.record(score(run.state["params"]))
                 if run.due("sample"):
                     run.save()
-                    run.show(write(run.state["params"]))
+                    run.show(write_samples(run.state["params"]))
                 run.advance(train_step)
             run.save()
         if run.is_complete:
             run.record(score(run.state["params"]))
-            run.samples = write(run.state["params"])
+            run.samples = write_samples(run.state["params"])
         return run.result()
 
 
@@ -1098,7 +1125,7 @@ def make_sampler(config, max_new_tokens, temperature=0.0, top_k=0, model=GPT):
     def sample(params, prompt, length, key):
         params = cast_weights(model.weights(config), params, config.dtype)
         choose = lambda hidden, key: pick_token(logits_of(config, params, hidden), key, temperature, top_k)
-        at = functools.partial(jax.lax.dynamic_index_in_dim, index=length - 1, axis=1)
+        last_of = functools.partial(jax.lax.dynamic_index_in_dim, index=length - 1, axis=1)
 
         def next_token(carry, key):
             cache, token = carry
@@ -1108,11 +1135,10 @@ def make_sampler(config, max_new_tokens, temperature=0.0, top_k=0, model=GPT):
 
         cache = empty_cache(config, len(prompt), prompt.shape[1] + max_new_tokens)
         hidden, cache = backbone(config, model, params, prompt, cache)
-        cache = cache._replace(start=length, before=at(prompt))  # what follows `length` is padding
-        first_key, *keys = jax.random.split(key, max_new_tokens)
-        first = choose(at(hidden)[:, 0], first_key)
-        keys = jnp.stack(keys) if keys else None
-        _, rest = jax.lax.scan(next_token, (cache, first), keys, max_new_tokens - 1)
+        cache = cache._replace(start=length, before=last_of(prompt))  # what follows `length` is padding
+        keys = jax.random.split(key, max_new_tokens)
+        first = choose(last_of(hidden)[:, 0], keys[0])
+        _, rest = jax.lax.scan(next_token, (cache, first), keys[1:])
         return jnp.concatenate([first[:, None], rest.T], axis=1)
 
     return jax.jit(sample)
@@ -1180,20 +1206,18 @@ PROMPTS = {
 # %%
 def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
     """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer, mirror)."""
-    mirror = open_mirror(run, hub_token)
+    mirror, folder = open_mirror(run, hub_token), RunFolder(Path(run.out) / run.name)
+    accept = [name for name, given in (("data", run.other_data), ("owner", run.take_over)) if given]
     corpus = tok.get_corpus(run.data, run.num_shards)
-    folder = RunFolder(Path(run.out) / run.name)
-    kept = find_tokenizer(folder, mirror)  # a run keeps the one it began with: its ids are what the model has learned
-    tokenizer = tok.load_tokenizer(kept) if kept else tok.get_tokenizer(corpus, config.vocab_size)
-    task = pretraining(config, corpus, tokenizer)
-    options = {
-        "model": model,
-        "optimizer": optimizer,
-        "sample": make_sample_writer(config, tokenizer, PROMPTS.get(corpus.name, PROMPTS["default"]), model),
-        "accept": ("data",) if run.other_data else (),
-        "mirror": mirror,
-    }
-    return train(config, task, folder.path, **options), tokenizer, mirror
+    with RunLock(folder.lock, run.take_over) as lock:
+        bring_back(folder, mirror)
+        kept = find_tokenizer(folder)  # a run keeps the one it began with: its ids are what the model has learned
+        tokenizer = tok.load_tokenizer(kept) if kept else tok.get_tokenizer(corpus, config.vocab_size)
+        task = pretraining(config, corpus, tokenizer)
+        sample = make_sample_writer(config, tokenizer, PROMPTS.get(corpus.name, PROMPTS["default"]), model)
+        parts = {"model": model, "optimizer": optimizer, "sample": sample}
+        result = train(config, task, folder.path, **parts, lock=lock, mirror=mirror, accept=accept)
+    return result, tokenizer, mirror
 
 
 # %%
@@ -1267,8 +1291,9 @@ def open_model(source, model=None):
     files = find_model_files(source)
     model = model or find_model(files.about.get("model", GPT.name), Path(tok.__file__).parent, GPT)
     config = files.make_config(model.config)
-    params = jax.device_put(files.load_params(config, model))
-    return Opened(config, params, tok.load_tokenizer(files.tokenizer), model)
+    params, tokenizer = jax.device_put(files.load_params(config, model)), tok.load_tokenizer(files.tokenizer)
+    check_vocabulary(config, tokenizer)
+    return Opened(config, params, tokenizer, model)
 
 
 LOADING = """

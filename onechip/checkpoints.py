@@ -199,13 +199,16 @@ def find_file_damage(file, size, sha256):
         return f"{file.name} cannot be read ({first_line(error)})"
 
 
-def newest_checkpoint(folder):
-    """The newest complete checkpoint under `folder`, or None. Damaged ones are reported and renamed, never deleted."""
+def newest_checkpoint(folder, set_aside=True):
+    """The newest complete checkpoint under `folder`, or None.
+
+    Damaged ones are reported and never deleted; set_aside: they are renamed, as the owner of a run may do.
+    """
     for path in reversed(find_checkpoints(folder).values()):
         damage = find_damage(path)
         if damage is None:
             return path
-        if path.is_symlink():  # a person's: it stays as it is
+        if path.is_symlink() or not set_aside:  # not ours to rename
             say(f"checkpoint: {path} is damaged: {damage}; skipped")
             continue
         aside = next(p for i in itertools.count() if not (p := path.with_name(f"damaged_{path.name}_{i}")).exists())

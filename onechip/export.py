@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ from onechip.card import model_card
 from onechip.checkpoints import load_arrays, newest_checkpoint, unflatten
 from onechip.errors import UserError, first_line, require
 from onechip.files import atomic_write, read_json
-from onechip.hub import is_repo_name, load_hub, try_again
+from onechip.hub import is_repo_name
+from onechip.hubclient import load_hub, try_again
 from onechip.runfolder import ABOUT, CONFIG, PARAMS, STATE, TOKENIZER, RunFolder
 from onechip.weights import weight_shapes
 
@@ -66,7 +68,7 @@ def find_model_files(source):
         require(on_hub, "model", str(source), "no such folder, nor a repository, owner/name")
         fetch = lambda: load_hub().snapshot_download(source, ignore_patterns="checkpoints/*")
         folder = Path(try_again(fetch, f"{source}: no folder, and cannot be downloaded"))
-    run, weights = folder, newest_checkpoint(RunFolder(folder).checkpoints)
+    run, weights = folder, newest_checkpoint(RunFolder(folder).checkpoints, set_aside=False)
     if (folder / STATE).exists():  # a checkpoint: the rest is in its run's folder
         run, weights = folder.parent.parent, folder
     newest = weights or folder
@@ -95,7 +97,8 @@ def find_model(name, folder, default):
         return default
     module, _, constant = str(name).partition(".")
     ours = re.fullmatch(r"\d\d_[a-z0-9]+", module) and re.fullmatch(r"[A-Z][A-Z0-9_]*", constant)
-    here = ours and (folder / f"{module}.py").exists()
+    spec = importlib.util.find_spec(module) if ours else None
+    here = spec and spec.origin and Path(spec.origin).resolve() == (folder / f"{module}.py").resolve()
     require(here, "model", name, "no notebook here has it: use the commit that config.json names, or pass model=")
     model = getattr(importlib.import_module(module), constant, None)
     require(hasattr(model, "weights"), "model", name, f"{module} has no such model: use the commit in config.json")
@@ -116,7 +119,7 @@ def export_weights(result):
     UserError if the run was interrupted before its first step.
     """
     run = RunFolder(result.run_dir)
-    newest = newest_checkpoint(run.checkpoints)
+    newest = newest_checkpoint(run.checkpoints, set_aside=False)
     require(newest, "model", str(run.path), "has no checkpoint yet: the same command trains on")
     copy_into(run.model, newest / PARAMS, run.config, run.picture)
     return run.model
@@ -127,16 +130,16 @@ def names_of_files(folder):
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
-def write_card(folder, result, loading, *, source="", repository="", notes="", library="jax"):
+def write_card(folder, result, loading, *, source="", repository="", notes="", library="jax", **style):
     """Writes README.md of an exported model.
 
     loading: lines of Python that sample from it, with {repository}, {source!r} and {prompt!r} to fill in; source: the
-    Hub repository that the folder will be uploaded to, if any.
+    Hub repository that the folder will be uploaded to, if any; style: more of model_card's keywords.
     """
     about = RunFolder(result.run_dir).read_config()
     prompt = result.samples[0][0] if result.samples else "The "
     lines = loading.format(repository=repository, source=source or str(folder), prompt=prompt)
     size = sum(leaf.size for leaf in jax.tree.leaves(result.params))
-    card = model_card(result, about, size, lines, about.get("dataset", ""), notes, library)
+    card = model_card(result, about, size, lines, about.get("dataset", ""), notes, library, **style)
     with atomic_write(folder / "README.md") as part:
         part.write_text(card, encoding="utf-8")

@@ -44,7 +44,7 @@ def choose_repo(hub_repo, name, ask_user):
 
 def find_user(api, token):
     """The name of the account that a token belongs to; UserError if the Hub does not take it."""
-    return try_again(api.whoami, "the Hub does not say who we are", "check the network", token)["name"]
+    return try_again(api.whoami, "the Hub did not confirm HF_TOKEN", "check the network", token)["name"]
 
 
 def upload_folder(folder: Path, files: list[str], token: str | None, hub_repo: str = "", name: str = "") -> str | None:
@@ -121,7 +121,7 @@ class HubMirror:
         self._newest = None  # the checkpoint that was offered last
         self._whole = None  # the one that went up whole last
         self._exists = False  # whether the repository is known to exist
-        self._restored = False  # whether `restore` has looked
+        self.restored = False  # whether `restore` has looked at the Hub
         self._report = UploadReport(repo, token)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "hub")
 
@@ -197,7 +197,7 @@ class HubMirror:
         If the one in `folder` is newer, it is offered. UserError if the Hub cannot be reached and `folder` has none.
         Only the first call looks.
         """
-        if self._restored:
+        if self.restored:
             return
         here = newest_checkpoint(folder)
         try:
@@ -205,10 +205,10 @@ class HubMirror:
         except UserError as error:
             if here is None:  # a fresh start might lose a run
                 raise
-            self._restored = True
+            self.restored = True
             say(f"checkpoint: resuming from {here} without a look at the Hub: {error}")
             return
-        self._restored = True
+        self.restored = True
         for name in sorted(names, reverse=True):
             if here and name <= here.name:
                 break

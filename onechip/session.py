@@ -12,22 +12,21 @@ import jax.numpy as jnp
 
 from onechip.checkpoints import (
     CheckpointWriter,
-    clear_leftovers,
     newest_checkpoint,
     pack_state,
     unpack_state,
     write_checkpoint,
 )
-from onechip.errors import NonFiniteLoss, require, say
-from onechip.files import atomic_write, read_json, write_json
+from onechip.errors import NonFiniteLoss, say
+from onechip.files import atomic_write, read_json_lines, write_json
 from onechip.loader import PrefetchDataLoader
 from onechip.lock import RunLock
-from onechip.machine import deferred_interrupt, git_commit
+from onechip.machine import deferred_interrupt
 from onechip.plots import plot_losses, show_picture
 from onechip.profile import ProfileWindow
-from onechip.runfolder import ABOUT, CONFIG, METRICS, STATE, TOKENIZER, RunFolder
+from onechip.resume import bring_back, compare_with_checkpoint
+from onechip.runfolder import ABOUT, METRICS, RunFolder
 from onechip.runlog import RunLog
-from onechip.settings import fixed_fields
 
 
 class Result(NamedTuple):
@@ -40,56 +39,6 @@ class Result(NamedTuple):
     gzip_bpb: float | None
     samples: list
     run_dir: Path
-
-
-def describe_machine(mesh):
-    """What runs a training, for config.json: nothing secret, nothing of the user's machine but its device."""
-    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    return {"commit": git_commit(), "jax": jax.__version__, "device": device}
-
-
-KEPT_ORIGIN = ("model", "optimizer", "tokenizer_sha256", "data")  # what a run keeps besides its fixed fields
-UNNAMED = ("model", "optimizer")  # in checkpoints written before 2026-11-21
-
-
-def compare_with_checkpoint(path, config, origin, accept=()):
-    """Prints what has changed since the checkpoint was written; UserError for what may not change.
-
-    origin: what else the run depends on, a dict that JSON can hold: model, optimizer, data, tokenizer, commit,
-    versions, device. accept: names in it that may change although a run keeps them.
-    """
-    made_from = read_json(Path(path) / STATE).get("made_from")
-    was = made_from if isinstance(made_from, dict) else {}
-    changed = [name for name, value in origin.items() if value != was.get(name)]
-    changed = [name for name in changed if name in was or name not in UNNAMED]
-    for name in changed:  # first: another model has other settings as well
-        way_out = " or set --other_data true" if name == "data" else ""
-        remedy = f"{path} was trained with {was.get(name)!r}; use that, give the new run another name{way_out}"
-        require(name in accept or may_change(name, was.get(name), origin[name]), name, origin[name], remedy)
-    before, now = read_json(Path(path) / CONFIG), dataclasses.asdict(config)
-    fixed = fixed_fields(config)
-    for name in (name for name in now if now[name] != before.get(name)):
-        remedy = f"{path} was trained with {before.get(name)!r}; set that, or give the new run another name"
-        require(name not in fixed, name, now[name], remedy)
-        say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
-    for name in changed:
-        say(f"changed: {name} is {origin[name]}, was {was.get(name)} up to here")
-
-
-def may_change(name, before, now):
-    """Whether a run may resume with another value of this part of its origin; more shards are no other text."""
-    if name == "data" and isinstance(before, dict) and isinstance(now, dict):
-        return all(before.get(key) == now.get(key) for key in ("name", "revision"))
-    return name not in KEPT_ORIGIN or before is None
-
-
-def find_tokenizer(folder, mirror=None):
-    """The tokenizer file of the run in a RunFolder, its checkpoints brought from the Hub first; None if it has none."""
-    if mirror:
-        mirror.restore(folder.checkpoints)
-    newest = newest_checkpoint(folder.checkpoints)
-    places = ([newest / TOKENIZER] if newest else []) + [folder.tokenizer]
-    return next((path for path in places if path.exists()), None)
 
 
 @jax.jit
@@ -105,29 +54,31 @@ class Session:
     `with` block ends every thread; the last checkpoint is then written, and on the Hub if there is a mirror.
     """
 
-    def __init__(self, folder, config, origin, *, metric="val_loss", accept=(), mirror=None, notes=None, on_log=None):
+    def __init__(
+        self, folder, config, origin, *, metric="val_loss", accept=(), lock=None, mirror=None, notes=None, on_log=None
+    ):
         """origin: what the run is made from, as JSON; metric: the score whose lowest value marks the best checkpoint.
 
         accept: what of the origin may differ from the checkpoint's, and "owner" to take the run from another process;
-        on_log(row) gets every row of metrics.jsonl as a dict; mirror is a HubMirror; notes, JSON, travel in the
-        checkpoints.
+        lock: the run's RunLock, if the caller holds it already; mirror is a HubMirror; notes, JSON, travel in the
+        checkpoints; on_log(row) gets every row of metrics.jsonl as a dict.
         """
         self.config, self.folder, self.origin, self.metric = config, RunFolder(folder), origin, metric
-        self.accept, self.mirror, self.on_log = accept, mirror, on_log
+        self.accept, self.mirror, self.on_log, self._lock = accept, mirror, on_log, lock
         self.state, self.position, self.rows = None, None, []
         self.scores, self.samples = {}, []
         self._record = {"best_step": None, "best_score": None, "notes": notes}
-        self._torn, self._closing = False, contextlib.ExitStack()
+        self._mid_step, self._closing = False, contextlib.ExitStack()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Opening and closing
 
     def __enter__(self):
-        self._interrupt = self._closing.enter_context(deferred_interrupt())
         with contextlib.ExitStack() as opening:  # a refusal puts the signals back as they were
-            opening.callback(self._closing.close)
-            self._lock = self._closing.enter_context(RunLock(self.folder.lock, "owner" in self.accept))
-            opening.pop_all()
+            self._interrupt = opening.enter_context(deferred_interrupt())
+            if self._lock is None:
+                self._lock = opening.enter_context(RunLock(self.folder.lock, "owner" in self.accept))
+            self._closing = opening.pop_all()
         return self
 
     def __exit__(self, *exception):
@@ -138,10 +89,7 @@ class Session:
 
         like: the state's pytree as jax.ShapeDtypeStruct with shardings. UserError: a checkpoint of another run.
         """
-        for folder in (self.folder.path, self.folder.model, self.folder.checkpoints):
-            clear_leftovers(folder)
-        if self.mirror:
-            self.mirror.restore(self.folder.checkpoints)
+        bring_back(self.folder, self.mirror)
         path = newest_checkpoint(self.folder.checkpoints)
         if path is None:
             return None
@@ -152,7 +100,7 @@ class Session:
         score = record.get("best_score", record.get("best_val_bpb"))
         notes = self._record["notes"] or record.get("notes", record.get("remember"))
         self._record = {"best_step": record.get("best_step"), "best_score": score, "notes": notes}
-        self.rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+        self.rows = read_json_lines(path / METRICS)
         step = int(state["step"])
         say(f"resuming: {self.folder.path} continues after step {step:,} of {self.config.num_iterations:,}")
         return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
@@ -194,15 +142,15 @@ class Session:
 
     @property
     def is_complete(self):
-        """Whether the last step has been made."""
+        """Whether the last step has run."""
         return self.step >= self.config.num_iterations
 
     def continues(self):
-        """Whether there is another step to make: false after the last one, and after an interrupt."""
+        """Whether there is another step to run: false after the last one, and after an interrupt."""
         return not (self.is_complete or self._interrupt.requested)
 
     def due(self, what):
-        """Whether "save", "eval" or "sample" is due after the step just made; what ends a run is not asked for here."""
+        """Whether "save", "eval" or "sample" is due; the last step's are done after the loop."""
         if what == "save" and self.config.save_minutes:
             if time.monotonic() - self._saved_at > 60 * self.config.save_minutes:
                 return True
@@ -216,10 +164,10 @@ class Session:
             self._lock.check()
         batch, position = next(self._loader)
         done = self.step - self._first
-        self._torn = True  # the old state is donated, the new one and its position are not both here yet
+        self._mid_step = True  # the old state is donated, the new one and its position are not both here yet
         with self._profile.before(done):
             self.state, metrics = train_step(self.state, batch)
-        self.position, self.step, self._torn = position, self.step + 1, False
+        self.position, self.step, self._mid_step = position, self.step + 1, False
         self._profile.after(done, metrics)
         self.log.add(self.step, metrics)
 
@@ -229,7 +177,7 @@ class Session:
             if self.step == self._saved_step:
                 return
             self._lock.check()
-            if not all_finite(self.state["params"]):  # a step too long, not a bad gradient: its loss comes next
+            if not all_finite(self.state["params"]):  # finite loss and gradient, but the update overflowed
                 raise NonFiniteLoss(f"step {self.step} left parameters that are not finite: lower learning_rate")
             self._writer.wait()  # before the copy: the host must not hold two
             self._writer.save(self.step, self._pack(), self._record["best_step"])
@@ -266,14 +214,14 @@ class Session:
 
     @contextlib.contextmanager
     def saving(self):
-        """Saves what was reached when training inside is interrupted; sets a state with a loss that is no number apart.
+        """Saves what was reached when training is interrupted; a state with a non-finite loss is written separately.
 
         A second interrupt, and one in the middle of a step, is raised: there is nothing consistent to save then.
         """
         try:
             yield
         except KeyboardInterrupt:
-            if self._interrupt.insisted or self._torn:
+            if self._interrupt.insisted or self._mid_step:
                 raise
             self.save()
         except NonFiniteLoss as error:
@@ -289,6 +237,6 @@ class Session:
     def _save_apart(self):
         """Writes the state as nonfinite_NNNNNNNN, to be looked into; nothing resumes from it."""
         self._writer.wait()
-        path = self.folder.checkpoints / f"nonfinite_{self.step:08d}"
+        path = self.folder.nonfinite(self.step)
         if not path.exists():
             write_checkpoint(path, self._pack())

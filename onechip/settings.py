@@ -184,6 +184,7 @@ class Run:
     num_shards: int = setting(0, "FineWeb-Edu shards to train on, 50M tokens each; 0: as many as needed", at_least=0)
     name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")
     other_data: bool = setting(False, "resume a run although its data is of another revision")
+    take_over: bool = setting(False, "take the run from another process that has it")
     out: str = setting("runs", "folder for the runs")
     preflight: str = setting("", 'only report what a step needs, "here" or on a TPU not attached: "v6e:1x1", "v5e:2x2"')
     hub_repo: str = setting("", "Hub repository to upload to, if there is a token; empty: <you>/onechip-<name>")

@@ -76,6 +76,7 @@ REFUSED = [
     (dict(total_batch_size=0), "total_batch_size=0", "positive"),
     (dict(total_batch_size=63), "total_batch_size=63", "multiple of device_batch_size=4"),
     (dict(num_iterations=0), "num_iterations=0", "must be a positive integer"),
+    (dict(num_iterations=2**31), "num_iterations=2147483648", "32 bits"),
     (dict(learning_rate=0.0), "learning_rate=0.0", "greater than 0"),
     (dict(learning_rate=float("nan")), "learning_rate=nan", "finite"),
     (dict(learning_rate=float("inf")), "learning_rate=inf", "finite"),

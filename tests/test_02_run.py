@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from corpus import list_checkpoints, newest, read_rows, tiny, write_documents
+from hub import Fault, connected_hub
 
 from onechip.errors import UserError
 from onechip.machine import home
@@ -101,3 +102,21 @@ def test_a_run_has_one_owner(shards, tmp_path):
         assert [path.name for path in lock.parent.iterdir()] == [lock.name]
     result, _, _ = train.train_run(run_of(shards, tmp_path, "run"), config_of(4))
     assert result.step == 4 and not lock.exists()
+
+
+def test_what_the_hub_missed_goes_up_at_the_next_start(shards, tmp_path, monkeypatch):
+    """A finished run whose uploads all failed is started again: its checkpoint and its tokenizer arrive whole."""
+    with connected_hub(monkeypatch, users={"hf_loopback": "someone"}) as hub:
+        hub.faults = [Fault("POST", "/commit/", status=500, times=10**6)]
+        train.train_run(run_of(shards, tmp_path, "run"), config_of(8), "hf_loopback")
+        assert not hub.files("someone/onechip-run")
+        hub.faults = []
+        train.train_run(run_of(shards, tmp_path, "run"), config_of(8), "hf_loopback")
+        files = hub.files("someone/onechip-run")
+        assert {"tokenizer.json", "onechip.json", "params.safetensors"} <= set(files)
+        whole = {path.rpartition("/")[2] for path in files if path.startswith("checkpoints/step_00000008/")}
+        assert whole == {path.name for path in newest(tmp_path / "runs" / "run").iterdir()}
+        shutil.rmtree(tmp_path / "runs")
+        result, tokenizer, _ = train.train_run(run_of(shards, tmp_path, "run"), config_of(), "hf_loopback")
+        assert result.step == 12  # on a new machine, with its own tokenizer
+        assert tokenizer.to_str(pretty=True).encode() == files["tokenizer.json"]

@@ -1,0 +1,73 @@
+"""What a run is resumed from: its checkpoints here and on the Hub, and what of it may have changed since."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from onechip.checkpoints import clear_leftovers, newest_checkpoint
+from onechip.errors import require, say
+from onechip.files import read_json
+from onechip.machine import git_commit
+from onechip.runfolder import CONFIG, STATE, TOKENIZER
+from onechip.settings import fixed_fields
+
+
+def describe_machine(mesh):
+    """What runs a training, for config.json: nothing secret, nothing of the user's machine but its device."""
+    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    return {"commit": git_commit(), "jax": jax.__version__, "device": device}
+
+
+KEPT_ORIGIN = ("model", "optimizer", "tokenizer_sha256", "data")  # what a run keeps besides its fixed fields
+UNNAMED = ("model", "optimizer")  # in checkpoints written before 2026-11-21
+
+
+def compare_with_checkpoint(path, config, origin, accept=()):
+    """Prints what has changed since the checkpoint was written; UserError for what may not change.
+
+    origin: what else the run depends on, a dict that JSON can hold: model, optimizer, data, tokenizer, commit,
+    versions, device. accept: names in it that may change although a run keeps them.
+    """
+    made_from = read_json(Path(path) / STATE).get("made_from")
+    was = made_from if isinstance(made_from, dict) else {}
+    changed = [name for name, value in origin.items() if value != was.get(name)]
+    changed = [name for name in changed if name in was or name not in UNNAMED]
+    for name in changed:  # first: another model has other settings as well
+        way_out = " or set --other_data true" if name == "data" else ""
+        remedy = f"{path} was trained with {was.get(name)!r}; use that, give the new run another name{way_out}"
+        require(name in accept or may_change(name, was.get(name), origin[name]), name, origin[name], remedy)
+    before, now = read_json(Path(path) / CONFIG), dataclasses.asdict(config)
+    fixed = fixed_fields(config)
+    for name in (name for name in now if now[name] != before.get(name)):
+        remedy = f"{path} was trained with {before.get(name)!r}; set that, or give the new run another name"
+        require(name not in fixed, name, now[name], remedy)
+        say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
+    for name in changed:
+        say(f"changed: {name} is {origin[name]}, was {was.get(name)} up to here")
+
+
+def may_change(name, before, now):
+    """Whether a run may resume with another value of this part of its origin; more shards are no other text."""
+    if name == "data" and isinstance(before, dict) and isinstance(now, dict):
+        return {**before, "shards": None} == {**now, "shards": None}
+    return name not in KEPT_ORIGIN or before is None
+
+
+def bring_back(folder, mirror=None):
+    """Sweeps what a killed process left in a RunFolder, and brings the Hub's newest checkpoint to it.
+
+    Once in the life of a mirror: after that a checkpoint may wait there for its upload. Hold the run's lock.
+    """
+    if mirror is None or not mirror.restored:
+        for place in (folder.path, folder.model, folder.checkpoints):
+            clear_leftovers(place)
+    if mirror:
+        mirror.restore(folder.checkpoints)
+
+
+def find_tokenizer(folder):
+    """The tokenizer file that the run in a RunFolder keeps, or None."""
+    newest = newest_checkpoint(folder.checkpoints)
+    places = ([newest / TOKENIZER] if newest else []) + [folder.tokenizer]
+    return next((path for path in places if path.exists()), None)
