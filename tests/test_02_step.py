@@ -220,6 +220,8 @@ def test_every_target_counts_the_same():
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=2e-6)
     assert metrics["grad_norm"] == pytest.approx(float(train.global_norm(grads)), rel=2e-5)
     assert distance(state["opt"]["mu"], jax.tree.map(lambda g: (1 - STEP.beta1) * np.float64(g), grads)) < 2e-5
+    _, metrics = compile_step(STEP, "mask")(fresh_state(params), {**batch, "mask": 0 * mask})
+    assert metrics["loss"] == metrics["grad_norm"] == 0  # no target at all is no NaN
 
 
 def test_clipping_scales_the_gradient_to_the_norm_and_no_further():
