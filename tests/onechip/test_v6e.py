@@ -70,6 +70,14 @@ def test_a_v6e_program_holds_its_state_once(impl):
     assert kept + memory.temp_size_in_bytes <= fit.peak_bytes < 1.1 * state + 48 * 2**20  # 30 MiB of it: the program
 
 
+def test_a_program_for_a_chip_is_the_one_that_is_measured():
+    """compile_for_chip, by its topology's name, gives the program whose bytes the Fit states."""
+    config = dataclasses.replace(CHIP, attn_impl="pallas")
+    compiled = train.compile_for_chip(config, "v6e:1x1")
+    assert compiled.memory_analysis().peak_memory_in_bytes == fit_on_v6e(config).peak_bytes
+    assert count_kernels(compiled) == 4
+
+
 # GiB that one layer of each preset may take; the chip's is below, with all its layers.
 BOUNDS = {"gpu": 7.0, "laptop": 0.2}
 
