@@ -162,6 +162,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -176,7 +177,7 @@ from typing import NamedTuple
 import jax
 
 from onechip.errors import UserError, first_line, report_in_one_line, require, say
-from onechip.files import atomic_write, read_json, read_json_lines, write_json
+from onechip.files import age_of, atomic_write, create_whole, read_json_lines, read_json_or_none, write_json, write_text
 from onechip.fit import DoesNotFit
 from onechip.machine import deferred_interrupt, git_commit, read_secret
 from onechip.plots import show_picture
@@ -203,7 +204,7 @@ class Settings:
     method: str = setting("bayes", "how the next trial is chosen", choices=("bayes", "random", "grid"))
     project: str = setting("onechip", "wandb project")
     any_version: bool = setting(False, "run even if commit or data differ from those of the sweep")
-    give_up: int = setting(12, "failed trials in a row that end a worker; 0: no number does", at_least=0)
+    give_up: int = setting(12, "failed trials in a row that end a worker; 0: never", at_least=0)
     lease: float = setting(
         60.0, "local: seconds without a sign of life after which a trial is handed out again", above=0
     )
@@ -276,25 +277,74 @@ def make_sweep(settings, run, config, space, corpus):
 
 def swept_fields(sweep):
     """{name: its range or values} of the swept parameters, without the constants."""
-    return {name: spec for name, spec in sweep["parameters"].items() if "value" not in spec}
+    known = constants(sweep)
+    return {name: spec for name, spec in sweep["parameters"].items() if name not in known}
 
 
 def constants(sweep):
     """{name: value} of the constants of a sweep."""
-    return {name: spec["value"] for name, spec in sweep["parameters"].items() if "value" in spec}
+    parameters = sweep["parameters"].items()
+    return {name: spec["value"] for name, spec in parameters if isinstance(spec, dict) and "value" in spec}
 
 
 # %%
+DISTRIBUTIONS = {  # wandb's names of those with bounds or values: the keys that they take
+    "categorical": ("values",),
+    "categorical_w_probabilities": ("values", "probabilities"),
+    "uniform": ("min", "max"),
+    "int_uniform": ("min", "max"),
+    "log_uniform_values": ("min", "max"),
+    "inv_log_uniform_values": ("min", "max"),
+    "q_uniform": ("min", "max", "q"),
+    "q_log_uniform_values": ("min", "max", "q"),
+}
+
+
+def check_keys(name, spec):
+    """UserError unless a swept parameter is a dict with a distribution of that list and with its keys only."""
+    require(isinstance(spec, dict) and spec, name, spec, 'give {"values": [...]} or {"min": ..., "max": ...}')
+    values = "categorical_w_probabilities" if "probabilities" in spec else "categorical"
+    kind = spec.get("distribution", values if "values" in spec else "uniform")
+    near = difflib.get_close_matches(str(kind), DISTRIBUTIONS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(DISTRIBUTIONS)}"
+    require(kind in list(DISTRIBUTIONS), f"{name}: distribution", kind, hint)
+    unknown = [key for key in spec if key not in ("distribution", *DISTRIBUTIONS[kind])]
+    require(not unknown, name, spec, f"{kind} takes {', '.join(DISTRIBUTIONS[kind])} and not {', '.join(unknown)}")
+    q = spec.get("q", 1)
+    require(is_number(q) and q > 0, name, spec, "q, the width of a step, must be greater than 0")
+
+
+def is_number(value):
+    """Whether a value is a finite int or float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def extremes(name, spec):
     """The values, or the two bounds, of a swept parameter; UserError if it has neither."""
-    if values := spec.get("values"):
+    check_keys(name, spec)
+    if "values" in spec:
+        values, shares = spec["values"], spec.get("probabilities")
+        require(isinstance(values, list | tuple) and values, name, spec, "values must be a list with at least one")
+        listed = shares is None or (isinstance(shares, list | tuple) and len(shares) == len(values))
+        right = listed and (shares is None or (all(map(is_number, shares)) and min(shares) >= 0))
+        right = right and (shares is None or math.isclose(sum(shares), 1, abs_tol=1e-6))
+        require(right, name, spec, "probabilities must be one for each value, none negative, with the sum 1")
         return list(values)
     bounds = [spec.get("min"), spec.get("max")]
-    ordered = all(isinstance(b, int | float) for b in bounds) and bounds[0] < bounds[1]
+    ordered = all(map(is_number, bounds)) and bounds[0] < bounds[1]
     require(ordered, name, spec, "give values, or min and max with min < max")
     log = "log" in spec.get("distribution", "")
     require(not log or bounds[0] > 0, name, spec, "a logarithmic distribution needs min > 0")
     return bounds
+
+
+def check_origin(sweep, place):
+    """UserError unless a sweep's dictionary has what this notebook writes into one."""
+    parameters = sweep.get("parameters")
+    known = constants(sweep) if isinstance(parameters, dict) else {}
+    missing = [key for key in ("method", "metric", "parameters") if key not in sweep]
+    missing += [name for name in ORIGIN if name not in known]
+    require(not missing, "sweep", place, f"was not created by this notebook: it lacks {', '.join(missing)}")
 
 
 def check_sweep(sweep):
@@ -383,10 +433,13 @@ class EndTrial(Exception):
 
 
 class Request:
-    """A request to end a trial, by whichever thread asks first; `outcome` is None until there is one."""
+    """A request to end a trial, by whichever thread asks first; `outcome` is None until there is one.
+
+    `began`: whether the trial's folder was opened for training, so that what is in it is this worker's.
+    """
 
     def __init__(self):
-        self.outcome, self._delivered = None, False
+        self.outcome, self.began, self._delivered = None, False, False
 
     def ask(self, state, reason):
         """Asks the trial to end with this Outcome, unless it was asked before."""
@@ -412,6 +465,7 @@ class Job(NamedTuple):
     request: Request
     on_start: Callable = ignore  # gets the Config, once it is known that it fits
     on_evaluation: Callable = ignore  # gets all evaluations so far, as rows of metrics.jsonl
+    is_lost: Callable = lambda: False  # whether another worker has taken the trial over
 
 
 def read_evaluations(run_dir):
@@ -429,13 +483,19 @@ def attempt(job, corpus):
     job.on_start(config)
     task = train.pretraining(config, corpus, tokenizer)
 
+    def batches(position):
+        job.request.began = True
+        return task.batches(position)
+
     def listen(row):
         if row["step"] < config.num_iterations:  # a complete trial is not ended early
             if METRIC in row:
                 job.on_evaluation(read_evaluations(job.run_dir))
             job.request.obey()
 
-    result = train.train(config, task, job.run_dir, on_log=listen, notes={"trial": job.name})
+    # "owner": who has a trial is decided before, by its lease or by wandb, and not by the lock of its run.
+    options = {"accept": ("owner",), "on_log": listen, "notes": {"trial": job.name}}
+    result = train.train(config, task._replace(batches=batches), job.run_dir, **options)
     job.on_evaluation(read_evaluations(job.run_dir))
     return Outcome("finished") if result.step == config.num_iterations else job.request.outcome
 
@@ -476,7 +536,8 @@ class TrialThread(threading.Thread):
 def run_trial(job, corpus, interrupt=None):
     """Runs a Job in a thread of its own, waits, and returns its Outcome; the device is as empty as before.
 
-    An exception thrown into the waiting thread ends the trial as stopped, a noted `interrupt` as interrupted.
+    An exception thrown into the waiting thread ends the trial as stopped, a noted `interrupt` as interrupted. A trial
+    that is over needs no checkpoints; those of one that was lost, or that never began here, are another worker's.
     """
     thread = TrialThread(job, corpus)
     thread.start()
@@ -493,10 +554,14 @@ def run_trial(job, corpus, interrupt=None):
     thread.join()
     gc.collect()
     jax.clear_caches()  # programs take room on the device too; the cache on disk keeps them
-    if thread.outcome.state in ("finished", "stopped", "failed"):
+    if job.is_lost():
+        return Outcome("lost", TAKEN_OVER)
+    if job.request.began and thread.outcome.state in ("finished", "stopped", "failed"):
         shutil.rmtree(RunFolder(job.run_dir).checkpoints, ignore_errors=True)  # 3 GB each for the default model
     return thread.outcome
 
+
+TAKEN_OVER = "another worker has taken it over"
 
 if LOOK:
     print(contain(lambda: 1 / 0, Request()))
@@ -528,35 +593,10 @@ def load_search():
         ) from None
 
 
-def draft_path(path):
-    """A path next to `path` that no other worker uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}")
-
-
-def create_whole(path, text):
-    """Creates a complete file unless it exists; returns whether it did. Of many callers, one does."""
-    draft = draft_path(path)
-    draft.write_text(text)
-    try:
-        os.link(draft, path)
-        return True
-    except FileExistsError:
-        return False
-    except OSError:  # no hard links on this file system, such as Google Drive's
-        with contextlib.suppress(FileExistsError), open(path, "x") as file:
-            file.write(text)
-            return True
-        return False
-    finally:
-        draft.unlink()
-
-
-def read_if_there(path):
-    """The JSON object in a file, or None if there is no file, or no complete one yet."""
-    try:
-        return read_json(path)
-    except UserError:
-        return None
+def lease_number(path):
+    """K of NNNN.lease-K; 0 for any other name, such as the conflict copy that a shared folder makes."""
+    match = re.fullmatch(r"[0-9]{4}\.lease-([1-9][0-9]*)", path.name)
+    return int(match[1]) if match else 0
 
 
 class Lease:
@@ -564,14 +604,13 @@ class Lease:
 
     def __init__(self, path, request, seconds):
         self._path, self._request, self._pause = path, request, seconds / 6
-        number = int(path.suffix.removeprefix(".lease-"))
-        self._next, self._stop = path.with_suffix(f".lease-{number + 1}"), threading.Event()
+        self._next, self._stop = path.with_suffix(f".lease-{lease_number(path) + 1}"), threading.Event()
         self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
 
     def is_lost(self):
         """Whether another worker has taken the trial over; then its request says so."""
         if lost := self._next.exists():
-            self._request.ask("lost", "another worker has taken it over")
+            self._request.ask("lost", TAKEN_OVER)
         return lost
 
     def _work(self):
@@ -598,12 +637,24 @@ class LocalSweep:
 
     def __init__(self, folder, sweep, lease=60.0, give_up=0):
         self.folder, self._seconds, self._give_up, self._search = Path(folder), lease, give_up, load_search()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        create_whole(self.folder / "sweep.json", json.dumps(sweep, indent=2) + "\n")
-        self.sweep = read_if_there(self.folder / "sweep.json")
-        require(self.sweep, "sweep", str(self.folder / "sweep.json"), "cannot be read: use another --name")
+        self._seen, path = {}, self.folder / "sweep.json"  # _seen: {lease: (time stamp, when it was first seen)}
+        if not path.exists():
+            self._check_search(sweep)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            create_whole(path, json.dumps(sweep, indent=2) + "\n")
+        self.sweep = read_json_or_none(path)
+        require(self.sweep, "sweep", str(path), "cannot be read: delete it, or use another --name")
+        check_origin(self.sweep, str(path))
         if self.sweep != json.loads(json.dumps(sweep)):
             say(f"sweep: {self.folder} holds one with other settings; continuing with that one, unchanged")
+
+    def _check_search(self, sweep):
+        """UserError if the search cannot propose a first trial, before anything is written."""
+        try:
+            self._search.next_run(sweep, [])
+        except Exception as error:  # jsonschema's, and whatever else its functions run into
+            remedy = f"the search refuses this sweep ({first_line(error)}); change SPACE or --method"
+            raise UserError(f"method={sweep['method']!r}: {remedy}") from None
 
     def trials(self):
         """[{"name", "parameters", "state", "reason", "rows"}, ...] of all trials, in their order."""
@@ -611,33 +662,48 @@ class LocalSweep:
 
     def _read(self, path):
         # The lease first: a worker that takes the trial after that creates a newer one, and what is read is not used.
-        leases = [int(lease.suffix.removeprefix(".lease-")) for lease in self.folder.glob(f"{path.stem}.lease-*")]
-        started = {"parameters": read_if_there(path) or {}, "state": "running", "reason": "", "rows": [], "released": 0}
-        result = read_if_there(path.with_suffix(".result.json")) or {}
-        return {"name": path.stem, **started, **result, "lease": max(leases, default=0)}
+        leases = map(lease_number, self.folder.glob(f"{path.stem}.lease-*"))
+        result = read_json_or_none(path.with_suffix(".result.json")) or {}
+        started = {"state": "running", "reason": "", "rows": [], "released": 0}
+        parameters = read_json_or_none(path)
+        if parameters is None:  # cut where files cannot be created whole, or changed by hand
+            started, parameters, result = started | {"state": "failed", "reason": f"{path.name} cannot be read"}, {}, {}
+        return {"name": path.stem, "parameters": parameters, **started, **result, "lease": max(leases, default=0)}
 
     def write(self, name, state, reason="", rows=None, released=0):
         """Notes a trial's state; rows stay as they were unless given; `released` is a lease given back."""
         path = self.folder / f"{name}.result.json"
-        rows = (read_if_there(path) or {}).get("rows", []) if rows is None else rows
+        rows = (read_json_or_none(path) or {}).get("rows", []) if rows is None else rows
         write_json(path, {"state": state, "reason": reason, "rows": rows, "released": released})
 
     def _lease(self, trial, number):
         return self.folder / f"{trial['name']}.lease-{number}"
 
     def _is_free(self, trial):
-        """Whether no worker has this open trial; all times are the file system's own."""
+        """Whether no worker has this open trial."""
         if trial["lease"] == trial["released"]:  # 0 for one that no worker has had
             return True
-        probe = draft_path(self.folder / "now")
-        probe.write_text("")
-        age = probe.stat().st_mtime - self._lease(trial, trial["lease"]).stat().st_mtime
-        probe.unlink()
-        return age > self._seconds
+        return self._is_silent(self._lease(trial, trial["lease"]))
+
+    def _is_silent(self, lease):
+        """Whether a lease has not been renewed for that long, by the file system's clock.
+
+        A time stamp may lie ahead, by the clock of another machine. Then it is the time for which this worker has seen
+        it unchanged.
+        """
+        try:
+            now, stamp = time.monotonic(), lease.stat().st_mtime_ns
+        except FileNotFoundError:
+            return True
+        if self._seen.get(lease, (None, now))[0] != stamp:
+            self._seen[lease] = stamp, now
+        return age_of(lease) > self._seconds or now - self._seen[lease][1] > self._seconds
 
     def claim(self):
         """(trial, lease) that is this worker's now: one left behind, or a new one; None if there is nothing to do."""
         while True:
+            # First: numbers of trials that are gone, too, and none of a trial that another worker is about to create.
+            used = [int(path.name[:4]) for path in self.folder.glob("[0-9][0-9][0-9][0-9].*")]
             trials = self.trials()
             open_ones = [trial for trial in trials if trial["state"] in ("running", "interrupted")]
             free = next(filter(self._is_free, open_ones), None)
@@ -646,10 +712,10 @@ class LocalSweep:
                 if create_whole(lease, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n"):
                     self.write(free["name"], "running")
                     return free, lease
-            elif len(trials) >= self.sweep["run_cap"] or not self._propose(trials):
+            elif len(trials) >= self.sweep["run_cap"] or not self._propose(trials, used):
                 return None
 
-    def _propose(self, trials):
+    def _propose(self, trials, used):
         """Creates the next trial, by the search, unless another worker was faster; false when a grid is used up."""
         with warnings.catch_warnings(action="ignore"):  # scikit-learn's, on the fit of five points
             proposed = self._search.next_run(self.sweep, self._as_runs(trials))
@@ -657,7 +723,8 @@ class LocalSweep:
             return False
         values = {name: entry["value"] for name, entry in proposed.config.items()}
         values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-        create_whole(self.folder / f"{len(trials) + 1:04d}.json", json.dumps(values) + "\n")
+        number = 1 + max([*used, *(int(trial["name"]) for trial in trials)], default=0)
+        create_whole(self.folder / f"{number:04d}.json", json.dumps(values) + "\n")
         return True
 
     def _as_runs(self, trials):
@@ -694,7 +761,9 @@ class LocalSweep:
         lease = Lease(path, request, self._seconds)
         note = functools.partial(self._note_evaluation, name, lease, request)
         say(f"trial {name}: {describe_parameters(trial['parameters'], self.sweep)}")
-        job = Job(name, trial["parameters"], self.folder / f"trial-{name}", request, on_evaluation=note)
+        job = Job(
+            name, trial["parameters"], self.folder / f"trial-{name}", request, on_evaluation=note, is_lost=lease.is_lost
+        )
         with lease:
             outcome = self._run(job, corpus, interrupt)
         if outcome.state != "lost":
@@ -732,7 +801,7 @@ class LocalSweep:
                 require(not self._give_up or failures < self._give_up, "failed trials in a row", failures, GIVE_UP)
 
 
-GIVE_UP = "the settings are hardly the reason; the table has the reasons; --give_up 0 continues whatever fails"
+GIVE_UP = "many failures in a row rarely come from the settings: see the reasons in the table; --give_up 0 never stops"
 
 
 def describe_parameters(parameters, sweep):
@@ -831,8 +900,7 @@ class WandbSweep:
         self._wandb, self.path = load_wandb(), path
         self.sweep = self._find().config
         self.sweep.setdefault("name", path.rpartition("/")[2])
-        missing = [name for name in ORIGIN if name not in constants(self.sweep)]
-        require(not missing, "sweep", path, f"was not created by this notebook: it lacks {', '.join(missing)}")
+        check_origin(self.sweep, path)
         self.folder = Path(out) / self.sweep["name"]  # of the sweep's name: its creator finds its trials there
         self._give_up, self._failures = give_up, 0
 
@@ -895,8 +963,7 @@ def create_online(sweep, project, folder):
     except Exception as error:  # wandb's and the network's
         raise UserError(f"project={project!r}: wandb did not take the sweep ({first_line(error)})") from None
     path = f"{os.environ.get('WANDB_ENTITY') or wandb.Api().default_entity}/{project}/{name}"
-    with atomic_write(note) as part:
-        part.write_text(path + "\n")
+    write_text(note, path + "\n")
     say(f"sweep: {path}; other workers join it with --sweep {path}")
     return path
 
@@ -920,7 +987,7 @@ def tabulate_trial(trial, sweep):
     best = min((row[METRIC] for row in trial["rows"]), default=None)
     steps = max((row["step"] for row in trial["rows"]), default=0)
     row = {"trial": trial["name"], "state": trial["state"], METRIC: best, "steps": steps, "tokens": 0, "flops": 0.0}
-    with contextlib.suppress(UserError, KeyError):  # what could not be built has not trained
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # what could not be built has not trained
         config = trial_config(trial["parameters"])
         row["tokens"] = steps * config.total_batch_size * config.seq_len
         row["flops"] = row["tokens"] * train.flops_per_token(config)
@@ -1013,7 +1080,7 @@ def plot_parameter(panel, name, rows, logarithmic):
 
 # %%
 def choose_place(settings, run):
-    """ "wandb" or "local"; prints which and why in a line."""
+    """Who hands out the trials, "wandb" or "local"; prints which and why in a line."""
     online = os.environ.get("WANDB_MODE", "online") == "online"
     asked = bool(settings.where or settings.sweep)
     key = asked or bool(read_secret("WANDB_API_KEY"))

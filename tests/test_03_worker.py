@@ -24,7 +24,9 @@ from execute import TINY
 
 from onechip.checkpoints import newest_checkpoint
 from onechip.errors import UserError, first_line
+from onechip.files import create_whole, read_json_or_none
 from onechip.fit import DoesNotFit
+from onechip.lock import RunLock
 from onechip.machine import git_commit
 from onechip.settings import Run
 
@@ -82,14 +84,56 @@ def job_of(corpus, folder, **values):
         ({"device_batch_size": {"values": [2, 4]}}, ["total_batch_size=6", "multiple of device_batch_size=4"]),
         ({"warmup_ratio": {"min": 0.0, "max": 0.3}, "warmdown_ratio": {"values": [0.5, 0.8]}}, ["must not exceed 1"]),
         ({}, ["at least one"]),
+        ({"learning_rate": 0.001}, ["learning_rate=0.001", '{"values": [...]}']),
+        ({"learning_rate": []}, ["learning_rate=[]", '{"values": [...]}']),
+        ({"n_head": {"values": []}}, ["n_head", "at least one"]),
+        ({"n_head": {"values": 3}}, ["n_head", "must be a list"]),
+        ({"learning_rate": {"distribution": "log_uniform_value", "min": 1e-3, "max": 1e-1}},
+         ["learning_rate: distribution='log_uniform_value'", "did you mean log_uniform_values?"]),
+        ({"learning_rate": {"distribution": 7, "min": 1e-3, "max": 1e-1}}, ["distribution=7", "use one of"]),
+        ({"learning_rate": {"min": 1e-3, "max": 1e-1, "step": 1}}, ["uniform takes min, max and not step"]),
+        ({"learning_rate": {"distribution": "q_uniform", "min": 1e-3, "max": 1e-1, "q": 0}}, ["'q': 0", "q, the"]),
+        ({"learning_rate": {"min": 1e-3, "max": float("inf")}}, ["learning_rate", "min < max"]),
+        ({"n_head": {"values": [2, 3], "probabilities": [0.5]}}, ["one for each value"]),
+        ({"n_head": {"values": [2, 3], "probabilities": [0.5, 0.6]}}, ["the sum 1"]),
+        ({"n_head": {"values": [2, 3], "probabilities": [1.5, -0.5]}}, ["none negative"]),
     ],
-)
+)  # fmt: skip
 def test_a_sweep_that_cannot_run_is_refused_when_it_is_created(corpus, space, words):
     """A name, bound or combination that no trial could run is refused in one line that names the field."""
     with pytest.raises(UserError) as error:
         worker.check_sweep(make_sweep(corpus, space))
+    assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_sweep_that_the_search_refuses_is_not_written(corpus, tmp_path):
+    """A grid over a range, which `sweeps` cannot walk: one line, and no folder with half a sweep in it."""
+    sweep = make_sweep(corpus, settings={"method": "grid"})
+    worker.check_sweep(sweep)
+    with pytest.raises(UserError, match="method='grid': the search refuses this sweep .*; change SPACE or --method"):
+        worker.LocalSweep(tmp_path / "sweep", sweep)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_listed_distribution_can_be_searched(corpus, tmp_path):
+    """What check_keys lets through, `sweeps` takes."""
+    bounds = {"min": 1e-3, "max": 1e-1}
+    specs = {
+        "categorical": {"values": [1e-3, 1e-2]},
+        "categorical_w_probabilities": {"values": [1e-3, 1e-2], "probabilities": [0.25, 0.75]},
+        **{kind: bounds for kind in ("uniform", "log_uniform_values", "inv_log_uniform_values")},
+        **{kind: {**bounds, "q": 1e-3} for kind in ("q_uniform", "q_log_uniform_values")},
+    }
+    for kind, spec in specs.items():
+        method = "random" if "probabilities" in spec else "bayes"  # sweeps 0.2 cannot do both
+        sweep = make_sweep(corpus, {"learning_rate": {"distribution": kind, **spec}}, {"method": method})
+        assert len(worker.check_sweep(sweep)) == 2
+        worker.LocalSweep(tmp_path / kind, sweep)
+    sweep = make_sweep(corpus, {"n_head": {"distribution": "int_uniform", "min": 2, "max": 3}})
+    worker.LocalSweep(tmp_path / "int_uniform", sweep)
+    assert {*specs, "int_uniform"} == set(worker.DISTRIBUTIONS)
 
 
 @pytest.mark.parametrize("preset", sorted(worker.TRIALS))
@@ -244,6 +288,28 @@ def test_an_interrupted_trial_resumes_to_the_same_scores(corpus, tmp_path):
     assert rows == expected and len(rows) == 5
 
 
+def test_a_trial_that_never_began_here_keeps_what_is_there(corpus, tmp_path, monkeypatch):
+    """Another worker's checkpoints outlive a trial that fails before it trains, or that is lost to that worker."""
+    theirs = tmp_path / "trial" / "checkpoints" / "notes.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "preflight", lambda config: 1 / 0)
+        assert worker.run_trial(job_of(corpus, tmp_path / "trial"), corpus).state == "failed"
+    assert theirs.exists()
+    job = job_of(corpus, tmp_path / "trial", num_iterations=1)._replace(is_lost=lambda: True)
+    assert worker.run_trial(job, corpus) == ("lost", "another worker has taken it over")
+    assert theirs.exists()
+
+
+def test_a_trial_is_taken_from_a_worker_that_is_stopped(corpus, tmp_path):
+    """The lease has decided: the lock of a process that still lives, but was stopped, does not make the trial fail."""
+    job = job_of(corpus, tmp_path / "trial")
+    stopped = RunLock(job.run_dir / ".owner.json").__enter__()
+    assert worker.run_trial(job, corpus) == ("finished", "")
+    stopped.__exit__()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # A folder that workers share
 
@@ -266,17 +332,6 @@ def test_no_trial_is_taken_twice(corpus, tmp_path):
     assert not list((tmp_path / "sweep").glob(".*")), "nothing temporary is left"
 
 
-def test_a_file_is_created_once_without_hard_links(corpus, tmp_path, monkeypatch):
-    """Where there are no hard links, as on Google Drive, a file is still created by one worker only."""
-
-    def refuse(*arguments):
-        raise PermissionError("no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    assert worker.create_whole(tmp_path / "a", "1") and not worker.create_whole(tmp_path / "a", "2")
-    assert (tmp_path / "a").read_text() == "1"
-
-
 def test_a_trial_without_a_sign_of_life_is_handed_out_again(corpus, tmp_path):
     """Neither too early nor twice; its first worker learns of it and does not write over the second one's results."""
     backend = local_sweep(corpus, tmp_path / "sweep", lease=30.0, run_cap=1)
@@ -292,6 +347,60 @@ def test_a_trial_without_a_sign_of_life_is_handed_out_again(corpus, tmp_path):
     backend._note_evaluation(trial["name"], worker.Lease(lease, request, 30.0), request, [{"val_bpb": 1.0}])
     assert request.outcome.state == "lost"
     assert backend.trials()[0]["rows"] == []
+
+
+def test_a_lease_dated_ahead_ends_too(corpus, tmp_path):
+    """By another machine's clock, a day ahead: the trial of a dead worker comes back once its stamp is seen to stay."""
+    backend = local_sweep(corpus, tmp_path / "sweep", lease=0.3, run_cap=1)
+    trial, lease = backend.claim()
+    ahead = time.time() + 86400
+    for i in range(3):  # renewed, by its own clock
+        os.utime(lease, (ahead + i, ahead + i))
+        assert backend.claim() is None
+        time.sleep(0.2)
+    time.sleep(0.3)
+    assert backend.claim()[0]["name"] == trial["name"]
+
+
+def test_files_of_another_name_are_nobodys_lease(corpus, tmp_path):
+    """A shared folder makes conflict copies: they are neither leases nor trials, and end no worker."""
+    backend = local_sweep(corpus, tmp_path / "sweep", run_cap=2)
+    backend.claim()
+    for name in ("0001.lease-1 (1)", "0001.lease-x", "0001.lease-", "0001.lease-01", "0001 (1).json", "0001.json~"):
+        (backend.folder / name).write_text("")
+    assert [(trial["name"], trial["lease"]) for trial in backend.trials()] == [("0001", 1)]
+    assert backend.claim()[0]["name"] == "0002" and backend.claim() is None
+
+
+def test_a_trial_that_is_gone_is_not_waited_for(corpus, tmp_path):
+    """Somebody has deleted 0001.json: the sweep gets another trial under a new number, and ends."""
+    backend = local_sweep(corpus, tmp_path / "sweep", run_cap=2, method="random")
+    assert [backend.claim()[0]["name"] for _ in range(2)] == ["0001", "0002"]
+    (backend.folder / "0001.json").unlink()
+    assert backend.claim()[0]["name"] == "0003" and backend.claim() is None
+
+
+@pytest.mark.parametrize("content", ["", '{"learning_rate": 0.0', "[]"])
+def test_a_trial_that_is_cut_is_a_row_with_a_reason(mixed, content):
+    """It is neither run nor waited for, and the table is printed."""
+    (mixed.folder / "0005.json").write_text(content)
+    (mixed.folder / "0003.result.json").write_text(content)
+    worker.show_results(mixed)
+    rows = {row["trial"]: (row["state"], row["reason"]) for row in worker.tabulate(mixed)}
+    assert rows["0005"] == ("failed", "0005.json cannot be read") and rows["0001"][0] == "finished"
+    os.utime(mixed.folder / "0003.lease-1", (1, 1))
+    assert mixed.claim()[0]["name"] == "0003"  # its result is cut, so that it has to run again
+    assert not any(trial["name"] == "0005" for trial in mixed.trials() if trial["state"] == "running")
+
+
+@pytest.mark.parametrize("content", ["", '{"name": "s', "[]", "{}", '{"name": "s"}', '{"parameters": {"a": 1}}'])
+def test_a_sweep_that_is_cut_is_one_line(corpus, tmp_path, content):
+    """The file's name and the way out."""
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text(content)
+    with pytest.raises(UserError, match=r"sweep='.*sweep.json': (cannot be read: delete it|was not created)") as error:
+        local_sweep(corpus, tmp_path / "sweep")
+    assert "\n" not in str(error.value)
 
 
 def test_a_lease_is_kept_while_its_trial_runs(corpus, tmp_path):
@@ -310,7 +419,7 @@ def test_a_lease_is_kept_while_its_trial_runs(corpus, tmp_path):
 def put_trial(backend, name, state, scores, reason="", **values):
     (backend.folder / f"{name}.lease-1").write_text("")
     given = {**worker.constants(backend.sweep), "learning_rate": 0.01, "n_head": 2, "device_batch_size": 2, **values}
-    worker.create_whole(backend.folder / f"{name}.json", json.dumps(given))
+    create_whole(backend.folder / f"{name}.json", json.dumps(given))
     rows = [{"step": 6 * (i + 1), "val_bpb": score} for i, score in enumerate(scores)]
     backend.write(name, state, reason, rows)
 
@@ -371,14 +480,14 @@ def test_a_killed_workers_trial_is_resumed_by_another(corpus, tmp_path):
     words = "--name s --num_iterations 400 --evaluations 8 --run_cap 2 --lease 2 --any_version true".split()
     first = start_worker(tmp_path, *words)
     folder = tmp_path / "runs" / "s"
-    wait_for(lambda: len((worker.read_if_there(folder / "0001.result.json") or {}).get("rows", [])) >= 2)
+    wait_for(lambda: len((read_json_or_none(folder / "0001.result.json") or {}).get("rows", [])) >= 2)
     first.kill()
     first.communicate()
     done = start_worker(tmp_path, *words)
     printed = done.communicate(timeout=300)[0]
     assert done.returncode == 0, printed[-3000:]
     assert "resuming: runs/s/trial-0001" in printed
-    results = [worker.read_if_there(folder / f"{name}.result.json") for name in ("0001", "0002")]
+    results = [read_json_or_none(folder / f"{name}.result.json") for name in ("0001", "0002")]
     assert results[0]["state"] == "finished"
     assert [row["step"] for row in results[0]["rows"]] == [50 * i for i in range(1, 9)]
     assert sorted(path.name for path in folder.glob("0001.lease-*")) == ["0001.lease-1", "0001.lease-2"]
