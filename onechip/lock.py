@@ -72,7 +72,7 @@ class RunLock:
         while not create_whole(self._path, json.dumps(self._me) + "\n"):
             owner = self._read_settled()
             if owner is not None and not self._take_over and self._lives(owner):
-                remedy = f"wait for it, end it, or choose another --name. If it is gone, delete {self._path}"
+                remedy = f"wait for it, end it, choose another --name, or set --take_over true (see {self._path})"
                 raise UserError(f"{self._path.parent}: {self._describe(owner)} has this run; {remedy}")
             if self._path.exists() and self._read() == owner:  # else it was released, or taken by another, just now
                 self._replace()

@@ -120,3 +120,13 @@ def test_what_the_hub_missed_goes_up_at_the_next_start(shards, tmp_path, monkeyp
         result, tokenizer, _ = train.train_run(run_of(shards, tmp_path, "run"), config_of(), "hf_loopback")
         assert result.step == 12  # on a new machine, with its own tokenizer
         assert tokenizer.to_str(pretty=True).encode() == files["tokenizer.json"]
+
+
+def test_a_run_can_be_taken_over(shards, tmp_path):
+    """--take_over true asks nobody: for an owner that hangs, on this machine or another."""
+    lock = RunFolder(tmp_path / "runs" / "run").lock
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], **pipes) as first:
+        first.stdout.readline()
+        result, _, _ = train.train_run(run_of(shards, tmp_path, "run", take_over=True), config_of(4))
+        assert result.step == 4
