@@ -182,7 +182,7 @@ from onechip.fit import DoesNotFit
 from onechip.machine import deferred_interrupt, git_commit, read_secret
 from onechip.plots import show_picture
 from onechip.runfolder import RunFolder
-from onechip.settings import Run, check_fields, count_tokens, parse_settings, setting, settle
+from onechip.settings import BELOW, Run, check_fields, count_tokens, is_below, parse_settings, setting, settle
 from onechip.tables import table
 
 train = importlib.import_module("02_train")
@@ -901,6 +901,7 @@ class WandbSweep:
         self.sweep = self._find().config
         self.sweep.setdefault("name", path.rpartition("/")[2])
         check_origin(self.sweep, path)
+        require(is_below(self.sweep["name"]), "name of the sweep", self.sweep["name"], BELOW)
         self.folder = Path(out) / self.sweep["name"]  # of the sweep's name: its creator finds its trials there
         self._give_up, self._failures = give_up, 0
 

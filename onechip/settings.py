@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from onechip.errors import UserError, in_notebook, require, say
@@ -193,6 +193,16 @@ class Run:
 
     def __post_init__(self):
         check_fields(self)
+        require(not self.name or is_below(self.name), "name", self.name, BELOW)
+
+
+BELOW = "must name a folder below --out, such as exp/1: no .. in it and no / at its ends"
+
+
+def is_below(name):
+    """Whether a name, joined to a folder, is a place below that folder, and is spelled in the shortest way."""
+    path = PurePath(name)
+    return not path.is_absolute() and bool(path.parts) and ".." not in path.parts and str(path) == name
 
 
 def name_run(run, config):

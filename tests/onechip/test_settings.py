@@ -146,6 +146,15 @@ def test_a_run_refuses_what_cannot_be():
             Run(**{field: value})
 
 
+def test_a_runs_name_stays_below_out():
+    """Subfolders are fine; whatever leaves --out, or names it, is refused in one line."""
+    for name in ("", "a", "exp/1", "my run", "v1..2", ".hidden", "..."):
+        assert Run(name=name).name == name
+    for name in ("..", "../x", "a/../../x", "a/..", "/tmp/x", "/", ".", "./a", "a/", "a//b", "a/./b"):
+        with pytest.raises(UserError, match=r"^name=.*: must name a folder below --out, such as exp/1: [^\n]*$"):
+            Run(name=name)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
