@@ -43,7 +43,8 @@ def load_hub():
 
     huggingface_hub.set_client_factory(make_client)
     # Neither http_backoff nor its callers let anyone else set how often a request is repeated.
-    _http._http_backoff_base = repeat_as_here(_http._http_backoff_base)
+    if hasattr(_http, "_http_backoff_base"):  # a private name: without it the client repeats by its own policy
+        _http._http_backoff_base = repeat_as_here(_http._http_backoff_base)
     logging.getLogger(_http.__name__).addFilter(is_news)
     return huggingface_hub
 
@@ -148,7 +149,7 @@ def status_of(error):
 
 
 def find_remedy(error):
-    """What to do about an error that another attempt cannot mend, in a few words; None for any other."""
+    """What to do about an error that another attempt cannot fix, in a few words; None for any other."""
     errors = load_hub().errors
     absent = (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
     if is_full(error):
