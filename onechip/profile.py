@@ -5,6 +5,8 @@ import sys
 import types
 from pathlib import Path
 
+import jax
+
 
 @contextlib.contextmanager
 def without_tensorflow():
@@ -33,8 +35,6 @@ class ProfileWindow:
 
     def before(self, step):
         """Starts the trace if `step` is its first; returns the context manager that annotates the step."""
-        import jax
-
         if step == self._first:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's frames would be most of the file
@@ -45,16 +45,12 @@ class ProfileWindow:
 
     def after(self, step, result):
         """Stops the trace if `step` is its last, after waiting for `result`, what the step computes on the device."""
-        import jax
-
         if self._on and step >= self._last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self):
         """Stops the trace if it is on."""
-        import jax
-
         if self._on:
             with without_tensorflow():
                 jax.profiler.stop_trace()
