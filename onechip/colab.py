@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from onechip.errors import say
 
 # Each group is one call of pip, so that a package that cannot be installed takes no other group with it.
-PACKAGES = (("tiktoken",), ("tensorboard", "xprof", "wandb", "sweeps"))  # first what 01 cannot do without
+PACKAGES = (("tiktoken",), ("tensorboard", "xprof", "wandb", "sweeps"))  # first what encoding needs
 
 
 def install_missing(names):
