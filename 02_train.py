@@ -1305,14 +1305,15 @@ print(prompt + text)
 """
 
 
-def export_model(result, tokenizer, source="", notes=PLAIN_WEIGHTS):
+def export_model(result, tokenizer, source="", notes=PLAIN_WEIGHTS, **style):
     """Leaves in run_dir/model all that a stranger needs: weights, config, tokenizer, curve, card; returns the folder.
 
-    source: the Hub repository that it will be uploaded to, for the card; the folder itself if there is none.
+    source: the Hub repository that it will be uploaded to, for the card; the folder itself if there is none. style: of
+    write_card.
     """
     folder = export_weights(result)
     tok.export_tokenizer(tokenizer, folder)
-    write_card(folder, result, LOADING, source=source, repository=REPOSITORY, notes=notes)
+    write_card(folder, result, LOADING, source=source, repository=REPOSITORY, notes=notes, **style)
     return folder
 
 

@@ -462,6 +462,7 @@ QWEN3 = """\
 The weights are those of a `Qwen3ForCausalLM`, in {dtype}, and compute the same logits. Changed on the way: matrices
 transposed, the halves of each query and key head exchanged (Qwen3 rotates the other way), norms written as weights of
 one. The tokenizer opens a text with `<|bos|>`, as training did; generation stops at it."""
+STYLE = "MaxText"
 PLAIN = """\
 `params.safetensors` holds the arrays under onechip's own names, in float32. It is not in the format of another library,
 because none that is known computes the same: {reason}."""
@@ -491,7 +492,7 @@ def export_qwen3(config, result, tokenizer, source=""):
     """
     if reason := why_not_qwen3(config):
         say(f"export: plain safetensors, as {reason}")
-        return train.export_model(result, tokenizer, source, PLAIN.format(reason=reason))
+        return train.export_model(result, tokenizer, source, PLAIN.format(reason=reason), style=STYLE)
     run, bos = RunFolder(result.run_dir), tokenizer.token_to_id(tok.BOS)
     copy_into(run.model, run.picture)
     with atomic_write(run.model / FOREIGN_WEIGHTS) as part:
@@ -501,7 +502,8 @@ def export_qwen3(config, result, tokenizer, source=""):
     write_json(run.model / "generation_config.json", {"bos_token_id": bos, "eos_token_id": bos})
     write_tokenizer(run.model, config, tokenizer)
     notes = QWEN3.format(dtype=config.dtype)
-    write_card(run.model, result, QWEN3_LOADING, source=source, notes=notes, library="transformers")
+    style = {"library": "transformers", "dtype": config.dtype, "style": STYLE}
+    write_card(run.model, result, QWEN3_LOADING, source=source, notes=notes, **style)
     say(f"export: {run.model} is a Qwen3ForCausalLM in {config.dtype}")
     return run.model
 
