@@ -3,10 +3,10 @@
     uv run bench/cpu.py                            everything, five minutes on two cores
     uv run bench/cpu.py train decode               some of: train, start, decode, tokenizer, loader
 
-Float32, AdamW, full attention, random tokens for `train`, in the two shapes of README's table of peers. Each figure is
-the median of three rounds, with the lowest and highest beside it; the machine's own matrix product is timed in the same
-rounds, and the share of it counts the keys that a causal query sees. Other load on the machine lowers all of them:
-compare figures of one run.
+Float32, AdamW, full attention, random tokens for `train`, in the two shapes of the table of peers in
+docs/benchmarks.md. Each figure is the median of three rounds, with the lowest and highest next to it; the machine's own
+matrix product is timed in the same rounds, and the share of it counts the keys that a causal query sees. Other load on
+the machine lowers all of them: compare figures of one run.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from onechip.loader import PrefetchDataLoader
-from onechip.machine import keep_freed_memory, prepare  # noqa: F401  (prepare: for the processes of bench_start)
+from onechip.machine import keep_freed_memory
 
 ROUNDS = 3
 PLAIN = dict(attn_impl="einsum", dtype="float32", window_pattern="L", head_dim=128, loss_slice=1024)
@@ -53,7 +53,7 @@ def summarize(values, digits=0):
 
 
 def rate(action, amount, seconds=4.0):
-    """amount per second of action(), called for about so many seconds after one call to warm up."""
+    """amount per second of action(), called for about `seconds` after one call to warm up."""
     action()
     start, calls = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < seconds or not calls:
@@ -105,7 +105,8 @@ FIRST_STEP = """
 import importlib, sys
 sys.path.insert(0, {root!r})
 bench = importlib.import_module("bench.cpu")
-bench.prepare()
+from onechip.machine import prepare
+prepare()
 bench.Stepper(bench.config_of("small"))()
 """
 
@@ -113,8 +114,8 @@ bench.Stepper(bench.config_of("small"))()
 def bench_start():
     """Seconds from a process's start to the end of its first step: no program compiled yet, and compiled before.
 
-    Python's own bytecode is there in both, as after anybody's first start: where a container forbids to write it
-    (PYTHONDONTWRITEBYTECODE), every process parses JAX anew, for a second.
+    Python's own bytecode is there in both, as after any first start: where a container forbids to write it
+    (PYTHONDONTWRITEBYTECODE), every process parses JAX again, which takes a second.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", FIRST_STEP.format(root=str(ROOT))]
@@ -179,8 +180,8 @@ def bench_tokenizer():
 
 
 def bench_loader():
-    """Tokens per second of the step without and with a loader beside it, and how long the step waits for a batch."""
-    stepper, without, beside, waited = Stepper(config_of("small")), [], [], []
+    """Tokens per second of the step without and with a loader, and how long the step waits for a batch."""
+    stepper, without, with_loader, waited = Stepper(config_of("small")), [], [], []
     stream, _, _ = offline_tokens(stepper.config)
     for _ in range(ROUNDS):
         without.append(rate(stepper, stepper.tokens.size, 6.0))
@@ -193,9 +194,9 @@ def bench_loader():
                 waited.append(time.perf_counter() - start)
                 stepper()
 
-            beside.append(rate(step, stepper.tokens.size, 6.0))
+            with_loader.append(rate(step, stepper.tokens.size, 6.0))
     return {
-        "step_without_loader": summarize(without), "step_with_loader": summarize(beside),
+        "step_without_loader": summarize(without), "step_with_loader": summarize(with_loader),
         "wait_ms_per_step": summarize([1e3 * w for w in waited], 2),
     }  # fmt: skip
 
