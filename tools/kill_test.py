@@ -18,7 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-TRAIN = Path(__file__).resolve().parent.parent / "02_train.py"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from onechip.runfolder import OPT, PARAMS, RunFolder, find_checkpoints
+
+TRAIN = ROOT / "02_train.py"
 TINY = (
     "--preset laptop --data offline --n_head 2 --head_dim 16 --aspect_ratio 16 --vocab_size 512 --seq_len 64 "
     "--device_batch_size 2 --total_batch_size 4 --num_iterations 400 --eval_every 40 --eval_tokens 4096 "
@@ -30,7 +35,7 @@ class Process:
     """One start of the run: its process, and what it writes to a log."""
 
     def __init__(self, out, name, flags):
-        self.run, self.log = out / name, out / f"{name}.log"
+        self.run, self.log = RunFolder(out / name), out / f"{name}.log"
         self.began, self.first = time.monotonic(), None
         self.before = self.look()[0]
         cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -41,7 +46,7 @@ class Process:
 
     def look(self):
         """(which file metrics.jsonl is, how many steps it has)."""
-        path = self.run / "metrics.jsonl"
+        path = self.run.metrics
         return (path.stat().st_ino, path.read_text().count('"loss"')) if path.exists() else (None, 0)
 
     def has_resumed(self):
@@ -69,7 +74,7 @@ class Process:
 
     def describe(self):
         resumed = re.search(r"continues after step [\d,]+", self.log.read_text())
-        writing = resumed and any((self.run / "checkpoints").glob(".step_*.part"))
+        writing = resumed and any(self.run.checkpoints.glob(".step_*.part"))
         last = max((row["step"] for row in read_rows(self.run)), default=0)
         how = resumed[0] if resumed else "did not resume"
         return f"{how}, rows up to step {last}{', in the middle of a checkpoint' if writing else ''}"
@@ -77,8 +82,7 @@ class Process:
 
 def read_rows(run):
     """The rows of metrics.jsonl without their times; the last line may be cut."""
-    path = run / "metrics.jsonl"
-    rows = map(json.loads, path.read_text().split("\n")[:-1] if path.exists() else [])
+    rows = map(json.loads, run.metrics.read_text().split("\n")[:-1] if run.metrics.exists() else [])
     return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second", "mfu")} for row in rows]
 
 
@@ -107,13 +111,14 @@ def kill_and_resume(out, flags, kills, seed):
 
 
 def find_differences(out):
-    a, b = read_rows(out / "reference"), read_rows(out / "killed")
+    runs = [RunFolder(out / name) for name in ("reference", "killed")]
+    a, b = map(read_rows, runs)
     differ = [f"row {i}: {x} and {y}" for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y][:1]
     differ += [f"{len(a)} and {len(b)} rows"] * (len(a) != len(b))
-    ends = [max((out / name / "checkpoints").glob("step_*")) for name in ("reference", "killed")]
-    for name in ("params.safetensors", "opt.safetensors"):
+    ends = [list(find_checkpoints(run.checkpoints).values())[-1] for run in runs]
+    for name in (PARAMS, OPT):
         differ += [name] if len({(end / name).read_bytes() for end in ends}) > 1 else []
-    return differ + [path.name for path in (out / "killed" / "checkpoints").glob("damaged_*")]
+    return differ + [path.name for path in runs[1].checkpoints.glob("damaged_*")]
 
 
 def main():
