@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from onechip.errors import NonFiniteLoss, in_notebook, say
-from onechip.files import atomic_write, telling_full_disk
+from onechip.files import telling_full_disk, write_text
 from onechip.plots import show_picture
 
 # Names in metrics.jsonl -> in TensorBoard, which groups charts by the word before the slash and opens two groups.
@@ -81,8 +81,7 @@ class RunLog:
         FLOP/s, for MFU; None where it is not known.
         """
         self.rows = list(rows)
-        with atomic_write(path) as part:
-            part.write_text(self.text())
+        write_text(path, self.text())
         self._file = open(path, "a")
         with telling_full_disk(path):
             self._events = EventFile(Path(path).parent, self.rows)
