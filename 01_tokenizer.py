@@ -146,7 +146,6 @@ if LOOK:
 # %%
 import ast
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -172,7 +171,7 @@ import tiktoken
 from tokenizers import Regex, decoders
 
 from onechip.errors import UserError, first_line, require, say
-from onechip.files import atomic_write, hash_file, read_json, write_json
+from onechip.files import atomic_write, hash_file, read_json_or_none, write_json, write_text
 from onechip.hub import upload_folder
 from onechip.hubclient import load_hub, try_again, without_bars
 from onechip.machine import has_tpu, home, read_secret
@@ -518,10 +517,9 @@ if LOOK:
 def hash_shards(folder, paths):
     """{name: SHA-256, hex} of the files `paths` in `folder`; the unchanged ones from a note in the home folder."""
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    note, known, fresh = home() / "hashes" / f"{place}.json", {}, {}
-    with contextlib.suppress(UserError):  # no note, or one that cannot be read: everything is hashed again
-        known = read_json(note)
-    hashes = {}
+    note = home() / "hashes" / f"{place}.json"
+    known = read_json_or_none(note) or {}  # no note, or one that cannot be read: everything is hashed again
+    fresh, hashes = {}, {}
     for path in paths:
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -657,14 +655,16 @@ if LOOK:
 # %%
 def save_tokenizer(tokenizer, path):
     """Writes tokenizer.json, completely or not at all."""
-    with atomic_write(path) as part:
-        part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_text(path, tokenizer.to_str(pretty=True))
 
 
-def export_tokenizer(tokenizer, folder):
-    """Writes tokenizer.json for `tokenizers`, and next to it what `transformers.AutoTokenizer` needs."""
+def export_tokenizer(tokenizer, folder, **more):
+    """Writes tokenizer.json for `tokenizers`, and next to it what `transformers.AutoTokenizer` needs.
+
+    more: further entries of tokenizer_config.json, such as eos_token or model_max_length.
+    """
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, **more}
     settings |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}  # text stays text
     write_json(folder / "tokenizer_config.json", settings)
 
@@ -716,9 +716,8 @@ def tokenizer_folder(corpus, vocab_size):
 
 def read_limits(record):
     """The limits that a tokenizer was trained with, by name; empty where its record cannot be read."""
-    with contextlib.suppress(UserError):
-        return {"max_doc_chars": 10_000, **read_json(record)}  # older records lack it: it was a constant
-    return {}
+    known = read_json_or_none(record)
+    return {} if known is None else {"max_doc_chars": 10_000, **known}  # older records lack it: it was a constant
 
 
 def get_tokenizer(corpus, vocab_size, max_train_chars=None, max_doc_chars=None):
@@ -1152,8 +1151,7 @@ def tokenizer_card(corpus, vocab_size, compression):
 # %%
 if __name__ == "__main__":
     card = tokenizer_card(corpus, settings.vocab_size, show_compression(compression, samples))
-    with atomic_write(folder / "README.md") as part:
-        part.write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
     export_tokenizer(tokenizer, folder)
     files = ["tokenizer.json", "tokenizer_config.json", "README.md", "compression.png"]
     upload_folder(folder, files, hub_token, settings.hub_repo, "onechip-tokenizer")

@@ -102,6 +102,34 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
     open_notebook(REPOSITORY, REF)
 
 # %% [markdown]
+# ## What a gate does
+#
+# A hidden channel of 02's MLP is the square of one number, or zero. Here it is a product of two: `gate` decides how
+# much of `up` comes through, and `up` may have either sign. The table has the values of one channel. That is the SwiGLU
+# of Llama, Gemma and Qwen; it needs a third matrix.
+
+# %%
+import numpy as np
+
+from onechip.machine import prepare, wants_a_look
+from onechip.tables import table
+
+LOOK = __name__ == "__main__" and wants_a_look()  # the small checks are for a reader: a script with flags skips them
+
+
+def show_gate(gates=(-4.0, -1.0, 0.0, 1.0, 4.0)):
+    """Prints what ReLU squared and SwiGLU make of the same numbers."""
+    gate = np.array(gates)
+    silu = gate / (1 + np.exp(-gate))
+    rows = {"ReLU squared": np.maximum(gate, 0) ** 2, "SwiGLU, up = 2": silu * 2, "SwiGLU, up = -2": silu * -2 + 0.0}
+    print(table([[name, *(f"{x:.2f}" for x in row)] for name, row in rows.items()], ["gate", *map(str, gates)]))
+
+
+if LOOK:
+    prepare()
+    show_gate()
+
+# %% [markdown]
 # ## Setup
 #
 # Letters are those of 02: B batch, T sequence, D model, N query heads, K key/value heads, H head dimension, F MLP
@@ -113,7 +141,6 @@ import importlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -126,24 +153,21 @@ from onechip.errors import require, say
 from onechip.export import FOREIGN_WEIGHTS, copy_into, names_of_files, write_card
 from onechip.files import atomic_write, write_json
 from onechip.hub import upload_folder
-from onechip.machine import open_tensorboard, prepare, read_secret, wants_a_look
+from onechip.machine import open_tensorboard, read_secret
 from onechip.runfolder import ABOUT, RunFolder
 from onechip.settings import Run, change_default, choose, setting
-from onechip.tables import table
 from onechip.weights import Weight, draw_weights, normal, uniform
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
-
-LOOK = __name__ == "__main__" and wants_a_look()
 
 # %% [markdown]
 # ## Config
 #
 # 02 has one knob and derives the rest; here every size is written down, because each was chosen for the chip. A v6e
 # multiplies tiles of 256 x 256: a side of 1,100 takes as long as one of 1,280. So every side of every matrix is a
-# multiple of `tile`, and a head has 256 channels, where 02's 128 fill half of the unit in q k and in weights v. What
-# else training needs is inherited, with a few defaults of its own.
+# multiple of `tile`, and a head has 256 channels, where 02's 128 fill half of the unit in both products of attention.
+# What else training needs is inherited, with a few defaults of its own.
 
 
 # %%
@@ -179,7 +203,6 @@ class Config(train.TrainConfig):
 
 # %%
 if LOOK:
-    prepare()
     print(Config().sizes)
 
 # %% [markdown]
@@ -187,8 +210,8 @@ if LOOK:
 #
 # Weights start as 02's, and the gate like the matrix next to it: embeddings N(0, 1), matrices into a block with
 # variance 1 / fan-in as in MaxText, projections out of it zero, so that the first loss is exactly log(V). GPT-2's
-# scheme, normal with 0.02 everywhere, was behind after 300 laptop steps (LOG.md). There are no biases, and norms have
-# no parameters.
+# scheme, normal with 0.02 everywhere, had the higher loss after 300 laptop steps (LOG.md). There are no biases, and
+# norms have no parameters.
 
 
 # %%
@@ -254,7 +277,7 @@ def swiglu_block(config, params, i, streams, tokens, attend):
 #
 # What does it buy? The table under Run compares both models as designed, on the attached TPU or by the compiler's
 # estimate for one that is not here (`--compare v6e:1x1`, which takes minutes). At two sequences a microbatch the
-# estimated MFU is 53.6 % here and 47.8 % for 02. A token costs this model more FLOPs, yet they are of a better kind:
+# estimated MFU is 53.6 % here and 47.8 % for 02. A token costs this model more FLOPs, yet the chip runs them faster:
 #
 # - heads of 256 channels fill the matrix unit, which heads of 128 half fill;
 # - a layer has four heads to softmax instead of eight;
@@ -474,15 +497,7 @@ def write_tokenizer(folder, config, tokenizer):
     opening = Tokenizer.from_str(tokenizer.to_str())
     ids = [(bos, tokenizer.token_to_id(bos))]
     opening.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=ids)
-    tok.save_tokenizer(opening, folder / "tokenizer.json")
-    description = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": bos,
-        "model_max_length": config.seq_len,
-        "clean_up_tokenization_spaces": False,
-    }
-    write_json(folder / "tokenizer_config.json", description)
+    tok.export_tokenizer(opening, folder, eos_token=bos, model_max_length=config.seq_len)
 
 
 def export_qwen3(config, result, tokenizer, source=""):

@@ -453,6 +453,18 @@ def test_the_exported_tokenizer_opens_texts_as_training_did(exported, tokenizer)
     assert tokenizer.post_processor is None  # ours was not touched
 
 
+def test_a_special_token_in_a_text_stays_text_in_the_export(exported, tokenizer):
+    """Spelled out in a document, <|bos|> is seven characters for AutoTokenizer, as it is for training."""
+    transformers = pytest.importorskip("transformers", reason="comes with mlx-lm")
+    loaded = transformers.AutoTokenizer.from_pretrained(str(exported[2]))
+    for text in ("a<|bos|>b", "<|bos|>", "<|assistant_end|> <|bos|><|bos|>"):
+        ids = loaded(text).input_ids
+        assert ids == tok.encode_batch(tokenizer, [text])[0]
+        assert ids[0] == loaded.bos_token_id and not set(ids[1:]) & set(loaded.all_special_ids)
+    settings = json.loads((exported[2] / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "<|bos|>" and settings["model_max_length"] == exported[0].seq_len
+
+
 def test_the_export_is_whole_and_says_what_it_is(exported):
     """Every file that a reader of Hugging Face's format looks for, and a card with sizes, data, score and loading."""
     config, params, folder = exported
@@ -469,6 +481,8 @@ def test_the_export_is_whole_and_says_what_it_is(exported):
     for words in (
         "library_name: transformers",
         "corpus at revision `v1`",
+        f"parameters, {config.dtype} |",
+        f"in the style of {maxtext.STYLE}",
         "1.900 bits per byte",
         "from_pretrained",
         "<|bos|>",
