@@ -37,7 +37,7 @@ def is_full(error):
 
 
 @contextlib.contextmanager
-def telling_full_disk(path):
+def reporting_full_disk(path):
     """Turns any error that says that the disk is full into a UserError that names `path`."""
     try:
         yield
@@ -47,6 +47,9 @@ def telling_full_disk(path):
         raise UserError(
             f"{path}: the disk is full; free some space and run again, nothing half-written is left"
         ) from None
+
+
+telling_full_disk = reporting_full_disk  # its old name
 
 
 @contextlib.contextmanager
@@ -60,7 +63,7 @@ def atomic_write(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)) / path.name
     try:
-        with telling_full_disk(path):
+        with reporting_full_disk(path):
             yield draft
             for written in [*draft.rglob("*"), draft]:  # a folder's entries need their own sync
                 fsync_path(written)

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from onechip.errors import NonFiniteLoss, in_notebook, say
-from onechip.files import telling_full_disk, write_text
+from onechip.files import reporting_full_disk, write_text
 from onechip.plots import show_picture
 
 # Names in metrics.jsonl -> in TensorBoard, which groups charts by the word before the slash and opens two groups.
@@ -83,7 +83,7 @@ class RunLog:
         self.rows = list(rows)
         write_text(path, self.text())
         self._file = open(path, "a")
-        with telling_full_disk(path):
+        with reporting_full_disk(path):
             self._events = EventFile(Path(path).parent, self.rows)
             self._events.flush()
         self._pending, self._every, self._on_log = [], every, on_log
@@ -131,7 +131,7 @@ class RunLog:
     def write(self, row):
         """Adds one row of metrics."""
         self.rows.append(row)
-        with telling_full_disk(self._file.name):
+        with reporting_full_disk(self._file.name):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
             self._events.write(row)

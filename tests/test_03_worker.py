@@ -394,7 +394,7 @@ def test_a_trial_that_is_cut_is_a_row_with_a_reason(mixed, content):
 
 
 @pytest.mark.parametrize("content", ["", '{"name": "s', "[]", "{}", '{"name": "s"}', '{"parameters": {"a": 1}}'])
-def test_a_sweep_that_is_cut_is_one_line(corpus, tmp_path, content):
+def test_a_sweep_that_is_cut_is_refused_in_one_line(corpus, tmp_path, content):
     """The file's name and the way out."""
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text(content)

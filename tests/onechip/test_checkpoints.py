@@ -61,7 +61,7 @@ def names(folder):
 
 
 def some_files(value):
-    """The files of a small checkpoint that can be told from others by its value."""
+    """The files of a small checkpoint; value_of gives the value that its parameters have."""
     return {
         "params.safetensors": {"w": np.full(4, value, np.float32)},
         "opt.safetensors": {"mu.w": np.zeros(4, np.float32)},
@@ -226,7 +226,7 @@ def write_as_before(path):
     write_checkpoint(path, packed)
 
 
-def test_a_checkpoint_of_before_is_read(tmp_path):
+def test_an_old_checkpoint_is_read(tmp_path):
     """Two files for AdamW's moments instead of one for the optimizer's state: every array is found."""
     write_as_before(tmp_path / "step_00000009")
     path = newest_checkpoint(tmp_path)
@@ -238,7 +238,7 @@ def test_a_checkpoint_of_before_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("opt", [{}, {"mu": jnp.ones(2)}, {"mu": {}, "nu": {}, "count": jnp.int32(0)}, (jnp.ones(2),)])
-def test_a_checkpoint_of_before_is_refused_by_another_optimizer(tmp_path, opt):
+def test_an_old_checkpoint_is_refused_by_another_optimizer(tmp_path, opt):
     """One line that says what it holds and what to do."""
     write_as_before(tmp_path / "step_00000009")
     with pytest.raises(UserError, match="holds AdamW's moments, .* give the run a new name") as raised:
@@ -260,7 +260,7 @@ def layers(*shapes):
         (dict(opt={"mu": ADAMW["opt"]["mu"]}), r"nu\.layers\.0\.c_k'?: the optimizer has no such array"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_one_line(tmp_path, changes, said):
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path, changes, said):
     """The array, and both shapes or which of the two lacks it."""
     path = tmp_path / "step_00000009"
     write_checkpoint(path, pack_state(ADAMW, {}, {}, Config()))
@@ -282,7 +282,7 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path, changes, said):
         ("state.json", b'{"step": 9, "stream": [1]}'),
     ],
 )
-def test_a_crafted_file_is_one_line(tmp_path, name, raw):
+def test_a_crafted_file_is_refused_in_one_line(tmp_path, name, raw):
     """What no run of ours would have written is refused with the file's name."""
     path = tmp_path / "step_00000009"
     write_checkpoint(path, pack_state(ADAMW, {}, {}, Config()))
@@ -396,7 +396,7 @@ def test_everything_is_on_disk_before_what_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), safetensors.SafetensorError("os error 28")])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, error):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, error):
     """The half-written folder is gone, since its space is what the next attempt needs; the old one is whole."""
     write_checkpoint(tmp_path / "step_00000001", some_files(1))
 
@@ -688,7 +688,7 @@ def test_a_change_of_a_fixed_field_is_refused(checkpoint):
     assert is_one_line(raised.value)
 
 
-def test_a_safe_change_is_said(checkpoint, capsys):
+def test_a_safe_change_is_reported(checkpoint, capsys):
     """Both values, in a line each, of any other field and of what the run was started from; nothing else."""
     compare_with_checkpoint(checkpoint, Config(), ORIGIN)
     assert capsys.readouterr().out == ""

@@ -73,7 +73,7 @@ def test_atomic_write_of_a_folder_is_all_or_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_one_line(tmp_path, number):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, number):
     """A full disk or quota is a UserError of one line with the path; the old file stays whole."""
     path = tmp_path / "file.txt"
     path.write_text("old")
@@ -85,7 +85,7 @@ def test_a_full_disk_is_one_line(tmp_path, number):
     assert path.read_text() == "old" and listing(tmp_path) == ["file.txt"]
 
 
-def test_a_disk_that_fills_up_at_the_fsync_is_one_line(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_at_the_fsync_is_reported_in_one_line(tmp_path, monkeypatch):
     """Delayed allocation reports a full disk at fsync, after the last write: that is cleaned up as well."""
 
     def full(fd):
@@ -199,7 +199,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("kind", BAD_JSON)
-def test_bad_json_is_one_line_with_the_files_name(tmp_path, kind):
+def test_bad_json_is_refused_in_one_line_with_the_files_name(tmp_path, kind):
     """Whatever is in a file, a reader of JSON gives an object or one line that names the file and what is wrong."""
     raw, problem = BAD_JSON[kind]
     path = tmp_path / "config.json"

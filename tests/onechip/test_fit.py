@@ -120,7 +120,7 @@ def test_a_fit_is_described_in_four_lines():
 # A step that does not fit
 
 
-def test_a_refusal_where_the_memory_is_unknown_is_one_line_too():
+def test_a_refusal_where_the_memory_is_unknown_has_one_line_too():
     """The compiler refuses what no v4 takes, and what a v4 has is not in the table."""
     work, asked = toy_work(lambda config: (40 if config.device_batch_size == 6 else 3) * GIB, kind="TPU v4")
     with pytest.raises(DoesNotFit) as refusal:

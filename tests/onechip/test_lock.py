@@ -199,7 +199,7 @@ def test_a_lock_that_cannot_be_read_holds_nothing(tmp_path, content):
         pass
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_refused_in_one_line(tmp_path):
     """--out that is a file, or below one, is refused with the reason before anything is trained."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to .*; choose another --out"):

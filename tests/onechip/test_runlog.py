@@ -79,7 +79,7 @@ def test_values_are_fetched_in_groups_and_one_step_late(open_log, tmp_path):
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_log(open_log, tmp_path, name, value):
+def test_a_non_finite_loss_ends_the_log(open_log, tmp_path, name, value):
     """One line with step, value and remedy, which promises no checkpoint; the rows before it are there, it is not."""
     log = open_log()
     for step in range(1, 9):
@@ -130,7 +130,7 @@ def test_text_is_the_file(open_log, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's always-full device")
-def test_a_full_disk_while_logging_is_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_while_logging_is_refused_in_one_line(tmp_path, monkeypatch):
     """metrics.jsonl that cannot grow any more is reported like a checkpoint that cannot be written."""
     monkeypatch.setattr(runlog, "open", lambda path, *args, **kwargs: open("/dev/full", "w"), raising=False)
     monkeypatch.setattr(runlog, "EventFile", lambda folder, rows: io.BytesIO())

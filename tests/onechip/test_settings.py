@@ -66,7 +66,7 @@ def test_a_field_has_the_type_it_says(kind, good, bad, message):
     assert [refuse(kind, value) for value in bad] == [f"x={value!r}: {message}" for value in bad]
 
 
-def test_a_number_beyond_64_bits_is_one_line():
+def test_a_number_beyond_64_bits_is_refused_in_one_line():
     """Unless the field has a bound of its own; Python does not even write the longest ones."""
     for value in (2**63, -(2**63), 10**30):
         assert refuse(int, value) == f"x={value}: must fit into 64 bits: at most 9223372036854775807"
@@ -193,7 +193,7 @@ def test_a_bool_setting_is_read_as_a_word(command_line, word, value):
         (["stray" * 999], ["stray"]),
     ],
 )
-def test_a_wrong_setting_is_one_line_that_helps(command_line, words, named):
+def test_a_wrong_setting_is_refused_in_one_line_that_helps(command_line, words, named):
     """A wrong name, type or missing value is a UserError of one line with what was given, and the nearest name."""
     command_line(*words)
     with pytest.raises(UserError) as caught:
@@ -349,7 +349,7 @@ def test_what_the_user_sets_goes_over_the_preset(chosen):
     assert config == Small(**{**PRESETS["laptop"], "seq_len": 16})
 
 
-def test_a_preset_that_the_user_set_is_said_to_be_set(chosen):
+def test_a_preset_that_the_user_set_is_reported_as_set(chosen):
     """The line that says why names the user and not the device."""
     _, _, said = chosen("--preset laptop", platform="tpu")
     assert "laptop, as set" in said and "the device is" not in said
