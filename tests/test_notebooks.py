@@ -294,11 +294,14 @@ def test_imports_go_to_the_hubs(name):
 
 
 def test_rooms_are_small_and_name_no_notebook():
-    """No file of onechip/ has more than 300 lines or names a notebook, be it in an import, a message or a docstring."""
+    """No file of onechip/ has more than 300 lines or names a notebook, be it in an import, a message or a docstring.
+
+    01_tokenizer is a name, and 01 alone; what is part of a date, a version or a format, such as 3.01 or %02d, is none.
+    """
     for room in ROOMS:
         text = (ROOT / "onechip" / f"{room}.py").read_text()
         assert text.count("\n") <= 300, room
-        assert re.findall(r"(?<!\w)\d\d_[a-z]\w*", text) == [], room
+        assert re.findall(r"(?<!\w)\d\d_[a-z]\w*|(?<![\w:+%])(?<!\d[.-])0[1-8](?!\w|[.:-]\d|%)", text) == [], room
 
 
 def test_rooms_import_in_one_direction():
