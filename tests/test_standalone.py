@@ -192,6 +192,7 @@ def test_a_leading_dash_never_reaches_git(tmp_path, siblings, content, name):
     done = open_cell(content, colab(tmp_path, siblings) | {name: f"--upload-pack=touch {tmp_path}/ran"})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("RuntimeError: ") and "begin with a dash" in done.stderr
+    assert done.stdout == "", "what is refused is not announced"
     assert list(content.iterdir()) == [] and not (tmp_path / "ran").exists()
 
 
