@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from onechip.chips import GIB, memory_limit, topology_devices
 from onechip.fit import compare_microbatches, describe_time, largest_that_fits, measure, peak_rate
+from onechip.settings import boolean
 from onechip.weights import cast_weights
 
 DEFAULT = train.Config()
@@ -172,7 +173,7 @@ def print_microbatches(mesh, name="02_train", *changes):
     """A row per microbatch: what accumulating costs and saves."""
     module = importlib.import_module(name)
     work = train.workload(mesh, train.GPT if name == "02_train" else module.SWIGLU)
-    kinds = {field.name: field.type for field in dataclasses.fields(module.Config)}
+    kinds = {field.name: boolean if field.type is bool else field.type for field in dataclasses.fields(module.Config)}
     values = dict(change.split("=") for change in changes)
     config = module.Config(**{name: kinds[name](value) for name, value in values.items()})
     peak = peak_rate(work, config)
