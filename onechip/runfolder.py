@@ -84,7 +84,7 @@ class RunFolder:
         return self.checkpoints / checkpoint_name(step)
 
     def nonfinite(self, step):
-        """The folder for the state of a step whose loss is no number; no run resumes from it."""
+        """The folder for the state of a step whose loss is not finite; no run resumes from it."""
         return self.checkpoints / f"nonfinite_{step:08d}"
 
     def read_config(self):

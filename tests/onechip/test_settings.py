@@ -61,7 +61,7 @@ def refuse(kind, value, **rule):
     ],
 )  # fmt: skip
 def test_a_field_has_the_type_it_says(kind, good, bad, message):
-    """An int may stand for a float; a bool is no number and a number no bool; no number is infinite."""
+    """An int may stand for a float; a bool is not taken for a number, nor a number for a bool; numbers are finite."""
     assert [refuse(kind, value) for value in good] == [""] * len(good)
     assert [refuse(kind, value) for value in bad] == [f"x={value!r}: {message}" for value in bad]
 
@@ -318,7 +318,7 @@ def chosen(monkeypatch, capsys, command_line):
     "platform, preset, data", [("tpu", "chip", "fineweb"), ("gpu", "gpu", "fineweb"), ("cpu", "laptop", "offline")]
 )
 def test_the_device_chooses_the_preset_and_the_preset_the_data(chosen, platform, preset, data):
-    """A TPU gets the config's defaults and FineWeb-Edu, a CPU a laptop's run on the offline corpus; both are said."""
+    """A TPU gets the config's defaults and FineWeb-Edu, a CPU the laptop's run of the offline corpus, and prints it."""
     run, config, said = chosen(platform=platform)
     assert (run.preset, run.data) == (preset, data) and config == Small(**PRESETS[preset])
     assert preset in said and data in said and f"the device is a {platform}" in said and f"some {platform}" in said
@@ -336,7 +336,7 @@ def test_a_topology_means_the_chip_preset(chosen):
 
 @pytest.mark.parametrize("words, field", [("--preset desktop", "preset='desktop'"), ("--seq_len 0", "seq_len=0")])
 def test_a_value_that_cannot_be_is_refused_in_one_line(chosen, words, field):
-    """A preset or a config that cannot be is refused with its field before anything is said or done."""
+    """A preset or a config that cannot be is refused with its field before anything is printed or done."""
     with pytest.raises(UserError, match=field) as caught:
         chosen(words)
     assert "\n" not in str(caught.value)
