@@ -150,7 +150,7 @@ def test_an_interrupt_before_the_first_evaluation_still_exports(corpus, tokenize
     assert names_of_files(folder) == [
         "README.md", "config.json", "params.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
-    assert "| held-out text | not taken yet |" in (folder / "README.md").read_text()
+    assert "| held-out text | not evaluated yet |" in (folder / "README.md").read_text()
     assert same_params(train.open_model(folder), cut.params)
     monkeypatch.setattr(session.Session, "continues", lambda run: False)
     none = train_tiny(corpus, tokenizer, tmp_path / "none")

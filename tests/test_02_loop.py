@@ -491,7 +491,9 @@ def test_a_step_is_saved_then_evaluated_then_sampled(tmp_path):
     on_disk = lambda: len(list_checkpoints(tmp_path)) if (tmp_path / "checkpoints").exists() else 0
     score = lambda params: seen.append(("evaluated", on_disk())) or {"val_loss": 1.0, "val_bpb": 2.0}
     sample = lambda params: seen.append(("sampled", on_disk())) or []
-    mirror = SimpleNamespace(restore=lambda folder: None, offer=lambda path: seen.append(int(path.name[5:])))
+    mirror = SimpleNamespace(
+        restored=False, restore=lambda folder: None, offer=lambda path: seen.append(int(path.name[5:]))
+    )
     mirror.finish = lambda: None
     quick(tmp_path, score, sample, mirror=mirror, num_iterations=20, save_every=6, eval_every=9, sample_every=7)
     assert [step for step in seen if isinstance(step, int)] == [6, 7, 9, 12, 14, 18, 20]

@@ -31,10 +31,10 @@ from reference import (
 )
 from safetensors.numpy import load_file
 
-from onechip import session
+from onechip import resume
 from onechip.checkpoints import flatten
 from onechip.errors import UserError
-from onechip.session import Session
+from onechip.session import Result, Session
 from onechip.settings import fixed_fields
 from onechip.weights import cast_weights, draw_weights, weight_shapes
 
@@ -353,7 +353,7 @@ def train_small(corpus, tokenizer, run_dir, **changes):
 def straight(corpus, tokenizer, tmp_path_factory):
     """The result of 12 steps left alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "git_commit", lambda: "a commit")
+        patch.setattr(resume, "git_commit", lambda: "a commit")
         return train_small(corpus, tokenizer, tmp_path_factory.mktemp("runs") / "straight")
 
 
@@ -370,7 +370,7 @@ def test_a_run_learns_samples_and_leaves_02s_files(straight):
 
 def test_a_run_that_crashed_resumes_to_the_same_bits(straight, corpus, tokenizer, tmp_path, monkeypatch):
     """Killed after step 7 and started again, it ends with the metrics, parameters and moments of a run left alone."""
-    monkeypatch.setattr(session, "git_commit", lambda: "a commit")
+    monkeypatch.setattr(resume, "git_commit", lambda: "a commit")
     advance = Session.advance
 
     class Stop(Exception):
@@ -408,7 +408,7 @@ def made_up_result(config, run_dir, params):
     about |= {"model": maxtext.SWIGLU.name, "commit": None, "jax": "1.2.3", "device": "1 x cpu"}
     (run_dir / "config.json").write_text(json.dumps(about))
     (run_dir / "loss.png").write_bytes(b"a picture")
-    return session.Result(params, 7, 3.2, 1.9, 2.4, [], run_dir)
+    return Result(params, 7, 3.2, 1.9, 2.4, [], run_dir)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from onechip.checkpoints import (
 )
 from onechip.errors import UserError
 from onechip.files import hash_file
-from onechip.session import compare_with_checkpoint
+from onechip.resume import compare_with_checkpoint
 from onechip.settings import setting
 
 

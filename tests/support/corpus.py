@@ -12,7 +12,7 @@ import pytest
 from compiled import keeping_compiled
 from safetensors.numpy import load_file
 
-from onechip import session
+from onechip import resume
 from onechip.checkpoints import newest_checkpoint
 from onechip.runfolder import RunFolder
 
@@ -96,7 +96,7 @@ def straight(corpus, tokenizer, tmp_path_factory, compiled_folder):
     rows = []
     run_dir = tmp_path_factory.mktemp("runs") / "straight"
     with keeping_compiled(compiled_folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "git_commit", lambda: "a commit")
+        patch.setattr(resume, "git_commit", lambda: "a commit")
         result = train_tiny(corpus, tokenizer, run_dir, prompts=PROMPTS, on_log=rows.append)
     return result, without_times(rows)
 
