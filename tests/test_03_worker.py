@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -495,6 +496,28 @@ def test_a_killed_workers_trial_is_resumed_by_another(corpus, tmp_path):
         assert [row["trial"] for row in csv.DictReader(file)] == sorted(
             ("0001", "0002"), key=lambda name: min(row["val_bpb"] for row in results[int(name) - 1]["rows"])
         )
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_that_continues_destroys_nothing(corpus, tmp_path):
+    """Its trial is another worker's by then: that one ends it from the checkpoint, and the first one notes nothing."""
+    words = "--name s --num_iterations 800 --evaluations 8 --run_cap 1 --lease 2 --any_version true".split()
+    first = start_worker(tmp_path, *words)
+    folder = tmp_path / "runs" / "s"
+    wait_for(lambda: len((read_json_or_none(folder / "0001.result.json") or {}).get("rows", [])) >= 2)
+    first.send_signal(signal.SIGSTOP)
+    second = start_worker(tmp_path, *words)
+    try:
+        wait_for(lambda: (folder / "0001.lease-2").exists())
+        wait_for(lambda: json.loads((folder / "trial-0001" / ".owner.json").read_text())["pid"] == second.pid)
+    finally:
+        first.send_signal(signal.SIGCONT)
+    printed = [worker.communicate(timeout=300)[0] for worker in (second, first)]
+    assert "trial 0001: finished" in printed[0] and second.returncode == 0, printed[0][-3000:]
+    assert "trial 0001: lost: another worker has taken it over" in printed[1], printed[1][-3000:]
+    result = read_json_or_none(folder / "0001.result.json")
+    assert result["state"] == "finished" and [row["step"] for row in result["rows"]] == [100 * i for i in range(1, 9)]
+    assert not (folder / "0001.lease-3").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
