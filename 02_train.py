@@ -78,10 +78,10 @@ def open_notebook(repository, ref):
         if opened:
             repository, ref = opened[0], opened[1] if ref == "main" else ref
         repository, ref = os.environ.get("ONECHIP_REPO", repository), os.environ.get("ONECHIP_REF", ref)
-        print(f"Using {ref} of {repository},", "where this notebook is from." if opened else "as set here.")
-        folder = Path(quote(".".join(repository.split("/")[-2:]) + f"@{ref}", safe="@")).resolve()
         if repository.startswith("-") or ref.startswith("-"):
             raise RuntimeError(f"REF={ref!r}, repository={repository!r}: neither may begin with a dash")
+        print(f"Using {ref} of {repository},", "where this notebook is from." if opened else "as set here.")
+        folder = Path(quote(".".join(repository.split("/")[-2:]) + f"@{ref}", safe="@")).resolve()
         if not (folder / "01_tokenizer.py").exists():
             folder.mkdir(exist_ok=True)
             # fetch, not clone --branch: that takes no commit hash

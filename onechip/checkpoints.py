@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from onechip.errors import UserError, first_line, require, say
-from onechip.files import fsync_path, hash_file, read_json, read_json_lines, rename_to_disk, telling_full_disk
+from onechip.files import fsync_path, hash_file, read_json, read_json_lines, rename_to_disk, reporting_full_disk
 from onechip.runfolder import CONFIG, MANIFEST, METRICS, OPT, PARAMS, STATE, STREAM, checkpoint_name, find_checkpoints
 
 
@@ -134,7 +134,7 @@ def write_checkpoint(path, files):
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        with telling_full_disk(path):
+        with reporting_full_disk(path):
             _write_files(part, files)
             rename_to_disk(part, path)
     except BaseException:

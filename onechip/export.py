@@ -14,7 +14,7 @@ import jax
 from onechip.card import model_card
 from onechip.checkpoints import load_arrays, newest_checkpoint, unflatten
 from onechip.errors import UserError, first_line, require
-from onechip.files import atomic_write, read_json
+from onechip.files import atomic_write, read_json, write_text
 from onechip.hub import is_repo_name
 from onechip.hubclient import load_hub, try_again
 from onechip.runfolder import ABOUT, CONFIG, PARAMS, STATE, TOKENIZER, RunFolder
@@ -141,5 +141,4 @@ def write_card(folder, result, loading, *, source="", repository="", notes="", l
     lines = loading.format(repository=repository, source=source or str(folder), prompt=prompt)
     size = sum(leaf.size for leaf in jax.tree.leaves(result.params))
     card = model_card(result, about, size, lines, about.get("dataset", ""), notes, library, **style)
-    with atomic_write(folder / "README.md") as part:
-        part.write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)

@@ -49,9 +49,6 @@ def reporting_full_disk(path):
         ) from None
 
 
-telling_full_disk = reporting_full_disk  # its old name
-
-
 @contextlib.contextmanager
 def atomic_write(path):
     """Yields a path next to `path` to write a file or folder to; renames it to `path` on success, removes it on error.

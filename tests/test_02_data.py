@@ -84,7 +84,7 @@ def test_batches_are_rows_and_y_is_x_one_token_later(corpus, tokenizer):
         assert set(position) == {"epoch", "shard", "row_group", "document", "tokens"}
 
 
-def test_a_corpus_of_too_few_tokens_is_one_line(corpus, tokenizer):
+def test_a_corpus_of_too_few_tokens_is_refused_in_one_line(corpus, tokenizer):
     """A corpus shorter than one batch is refused at the first batch and not trained on over and over."""
     total = len(pack(tokenizer, corpus.train))
     with pytest.raises(UserError, match=f"{total:,} tokens") as caught:
@@ -136,7 +136,7 @@ def test_held_out_rows_and_their_gzip_figure(corpus, tokenizer, rows):
     assert held_out.gzip_bpb == pytest.approx(8 * compressed / raw, rel=1e-12)
 
 
-def test_more_eval_tokens_than_there_are_is_one_line(corpus, tokenizer):
+def test_more_eval_tokens_than_there_are_is_refused_in_one_line(corpus, tokenizer):
     """Too large an eval_tokens is refused with the field, its value and how many tokens there are; one less works."""
     total = len(pack(tokenizer, corpus.val))
     most = (total - 1) // 24 * 24

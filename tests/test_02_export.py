@@ -105,7 +105,7 @@ def test_any_checkpoint_opens_also_apart_from_its_run(straight, tokenizer, tmp_p
         assert {f"params.{name}": a.tobytes() for name, a in flatten(opened.params).items()} == expected
 
 
-def test_a_run_of_before_is_02s_model(straight, exported, tmp_path):
+def test_an_old_run_opens_as_02s_model(straight, exported, tmp_path):
     """Until 2026-11-21 config.json named no model, and a checkpoint had its settings alone; an export is as it was."""
     shutil.copytree(straight[0].run_dir, tmp_path / "run")
     for path in tmp_path.rglob("onechip.json"):
@@ -281,14 +281,14 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_what_is_not_whole_is_one_line(folder, kind):
+def test_what_is_not_whole_is_refused_in_one_line(folder, kind):
     """The file or the field, and what is wrong with it."""
     spoil, said = SPOILED[kind]
     spoil(folder)
     refuse(folder, said)
 
 
-def test_a_qwen3_export_that_is_not_whole_is_one_line(gated, tokenizer, tmp_path):
+def test_a_qwen3_export_that_is_not_whole_is_refused_in_one_line(gated, tokenizer, tmp_path):
     """Names are Hugging Face's there; the line names ours or theirs, and what to do."""
     config, result = gated
     shutil.copytree(result.run_dir, tmp_path / "run")
@@ -308,7 +308,7 @@ def test_a_qwen3_export_that_is_not_whole_is_one_line(gated, tokenizer, tmp_path
     refuse(folder, "^model='02_train.GPT': does not read the format of .*model.safetensors")
 
 
-def test_what_is_no_model_is_one_line(hub, tmp_path):
+def test_what_is_no_model_is_refused_in_one_line(hub, tmp_path):
     """An empty folder, no folder, a name that the Hub cannot have, a repository that is not there or is no model."""
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", "^model=.*empty': has no config")

@@ -502,7 +502,7 @@ def test_a_step_is_saved_then_evaluated_then_sampled(tmp_path):
     ]  # fmt: skip
 
 
-def test_an_evaluation_that_failed_is_made_up_for(tmp_path):
+def test_a_failed_evaluation_is_run_after_resuming(tmp_path):
     """A run that died between checkpoint and evaluation of step 8 has the evaluation of step 8 once it is resumed."""
     with pytest.raises(MemoryError):
         quick(tmp_path, OUT_OF_MEMORY, num_iterations=12, save_every=8)
@@ -612,7 +612,9 @@ def test_another_model_or_optimizer_is_refused(tmp_path):
     assert is_one_line(raised.value) and content(tmp_path) == before
 
 
-def test_another_tokenizer_or_text_is_refused_and_another_jax_is_said(corpus, tokenizer, tmp_path, monkeypatch, capsys):
+def test_other_text_is_refused_and_another_jax_is_reported(
+    corpus, tokenizer, tmp_path, monkeypatch, capsys
+):
     """A run keeps the tokenizer that it began with, and its text unless another is accepted; more of it is no other."""
     doors = {"loss": ZEROS.loss, "score": score_nothing}
     task_of = lambda corpus, tokenizer: train.pretraining(tiny(), corpus, tokenizer)._replace(**doors)
@@ -935,7 +937,7 @@ def test_help_lists_every_setting():
     "words, said",
     [(["--n_heads", "4"], ["--n_heads", "did you mean --n_head?"]), (["--seq_len", "x"], ["--seq_len", "int", "'x'"])],
 )
-def test_a_wrong_command_is_one_line(tmp_path, words, said):
+def test_a_wrong_command_is_refused_in_one_line(tmp_path, words, said):
     """A wrong name or type: a status that is not 0, one line on stderr, no traceback, nothing written."""
     code, out, err = finish(start(*words, cwd=tmp_path))
     assert code != 0 and err.count("\n") == 1 and "Traceback" not in err

@@ -424,7 +424,7 @@ def test_no_secret_is_left_in_a_text(secret):
         assert "aB3" not in redact(form) and "def" not in redact(form), "a token that nobody named"
 
 
-def test_what_a_client_raises_is_said_without_the_token(hub, tmp_path, capsys, monkeypatch):
+def test_what_a_client_raises_is_reported_without_the_token(hub, tmp_path, capsys, monkeypatch):
     """Before the cut to one short line, which would leave half a secret, and in no traceback either."""
 
     def fail(*args, **kwargs):

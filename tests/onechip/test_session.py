@@ -423,7 +423,7 @@ def test_nothing_is_due_at_the_start_or_the_end(tmp_path, what):
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_loss_that_is_no_number_is_kept_apart(tmp_path, name, value):
+def test_a_non_finite_loss_is_written_separately(tmp_path, name, value):
     """One line with the step and the last good checkpoint; the bad state as nonfinite_*, which nothing resumes from.
 
     A finite loss with a gradient that is not leaves parameters of NaN: step 11's would be saved as good.
@@ -449,7 +449,7 @@ def test_a_loss_that_is_no_number_is_kept_apart(tmp_path, name, value):
     assert [row["step"] for row in read_rows(tmp_path) if "loss" in row] == list(range(1, 21))
 
 
-def test_parameters_that_are_no_numbers_are_never_saved_as_good(tmp_path):
+def test_non_finite_parameters_are_never_saved_as_good(tmp_path):
     """A step too long leaves infinite parameters after a finite loss and gradient: the save finds them."""
 
     def train_step(state, batch):
