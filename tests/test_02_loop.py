@@ -612,9 +612,7 @@ def test_another_model_or_optimizer_is_refused(tmp_path):
     assert is_one_line(raised.value) and content(tmp_path) == before
 
 
-def test_other_text_is_refused_and_another_jax_is_reported(
-    corpus, tokenizer, tmp_path, monkeypatch, capsys
-):
+def test_other_text_is_refused_and_another_jax_is_reported(corpus, tokenizer, tmp_path, monkeypatch, capsys):
     """A run keeps the tokenizer that it began with, and its text unless another is accepted; more of it is no other."""
     doors = {"loss": ZEROS.loss, "score": score_nothing}
     task_of = lambda corpus, tokenizer: train.pretraining(tiny(), corpus, tokenizer)._replace(**doors)
