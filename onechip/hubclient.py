@@ -76,7 +76,7 @@ def repeat_as_here(backoff):
 def is_news(record):
     """A filter of the client's log: leaves out each failed attempt, as the outcome is reported in one line here."""
     text = record.getMessage()
-    return "thrown while requesting" not in text and not text.startswith("Retrying in")
+    return "thrown while requesting" not in text and not text.startswith(("Retrying in", "Rate limited"))
 
 
 @contextlib.contextmanager

@@ -46,8 +46,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C works before and after each test, also where pytest was started in the background and ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C and a closed terminal act, even where pytest was started in the background or by nohup."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    after = signal.signal(signal.SIGINT, before)
-    assert after is signal.default_int_handler, "a handler was left behind"
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after == usual, "a handler was left behind"
