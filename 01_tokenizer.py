@@ -817,7 +817,7 @@ if LOOK:
 
 # %%
 PIECE_CHARS = 50_000
-PIECE_CUTS = (r"[^\W_](?=\s)",)  # after a letter or digit, before white space
+PIECE_CUTS = (r"[^\W_](?=\s)", r"\S(?= )")  # after a letter or digit before white space, else before a blank
 
 
 @functools.lru_cache(maxsize=4)
