@@ -174,6 +174,7 @@ import functools
 import importlib
 import itertools
 import math
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1094,6 +1095,13 @@ def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sampl
             run.samples = write_samples(run.state["params"])
         return run.result()
 
+
+# %%
+if LOOK:
+    toy_loss = lambda params: {"val_loss": float(cross_entropy(toy, GPT, params, batch))}
+    toy_task = Task(lambda position: itertools.repeat((batch, {})), cross_entropy, lambda config, model, mesh: toy_loss)
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"toy, after {toy.num_iterations} steps of train: loss {train(toy, toy_task, folder).val_loss:.3f}")
 
 # %% [markdown]
 # ## Sample
