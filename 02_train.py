@@ -184,9 +184,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from onechip import fit
 from onechip.card import PLAIN_WEIGHTS, describe_result
 from onechip.chips import topology_devices
-from onechip.doors import Model, Optimizer, Task
+from onechip.doors import Model, Optimizer, Task, config_with
 from onechip.errors import UserError, require
-from onechip.export import export_weights, find_model, find_model_files, names_of_files, write_card
+from onechip.export import (
+    config_of,
+    export_weights,
+    find_model,
+    find_model_files,
+    find_optimizer,
+    names_of_files,
+    write_card,
+)
 from onechip.hub import open_mirror, upload_folder
 from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_and_norm, soft_cap
 from onechip.lock import RunLock
@@ -195,7 +203,7 @@ from onechip.resume import bring_back, describe_machine, find_tokenizer
 from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
 from onechip.session import Session
-from onechip.settings import check_fields, choose, setting
+from onechip.settings import Run, check_fields, choose, peek, setting
 from onechip.weights import Weight, cast_weights, constant, count_by_kind, draw_weights, normal, place_like, uniform
 
 tok = importlib.import_module("01_tokenizer")
@@ -241,6 +249,7 @@ class TrainConfig:
     eps: float = setting(1e-8, "AdamW: added to the root of the second moment", above=0)
     grad_clip: float = setting(1.0, "largest global norm of the gradient; 0 for no clipping", at_least=0)
     warmup_ratio: float = setting(0.02, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
+    warmup_steps: int = setting(0, "steps in which it rises; 0: by warmup_ratio", at_least=0)
     warmdown_ratio: float = setting(0.5, "share of the steps, the last ones, in which it falls", at_least=0, at_most=1)
     final_lr_frac: float = setting(0.0, "what it falls to, as a share of learning_rate", at_least=0, at_most=1)
     eval_every: int = setting(250, "steps between evaluations; 0 for one at the end only", at_least=0)
@@ -258,6 +267,11 @@ class TrainConfig:
         span = {"S": max(1, self.seq_len // 2), "L": self.seq_len}
         pattern = itertools.islice(itertools.cycle(self.window_pattern), self.n_layer - 1)
         return (*(span[letter] for letter in pattern), self.seq_len)
+
+    @property
+    def score_scale(self):
+        """What attention's scores, products of normed queries and keys, are multiplied by."""
+        return self.head_dim**-0.5
 
     @property
     def sizes(self):
@@ -385,8 +399,8 @@ def gpt_weights(config):
         "wte": Weight("V->D", normal(1.0), "embed"),
         "lm_head": Weight("D->V", normal(0.001), "lm_head"),
         "layers": [layer] * config.n_layer,
-        "resid_lambdas": Weight("L", constant(1.0), "scalar"),
-        "x0_lambdas": Weight("L", constant(0.1), "scalar"),
+        "resid_lambdas": Weight("L", constant(1.0), "scalar", "resid_lambdas"),
+        "x0_lambdas": Weight("L", constant(0.1), "scalar", "x0_lambdas"),
     }
 
 
@@ -452,11 +466,11 @@ if LOOK:
 
 
 # %%
-def masked_attention(q, k, v, mask):
-    """softmax(q k / sqrt(H)) v over the keys where mask (T, S) is true, softmax in float32; returns (B, T, N, H)."""
+def masked_attention(q, k, v, mask, scale):
+    """softmax(scale * q k) v over the keys where mask (T, S) is true, softmax in float32; returns (B, T, N, H)."""
     B, T, N, H = q.shape
     q = q.reshape(B, T, k.shape[2], -1, H)  # query heads in groups g that share a key/value head
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
@@ -467,34 +481,34 @@ def window_mask(queries, keys, window):
     return (distance >= 0) & (distance < window)
 
 
-def attention_einsum(q, k, v, rope, window):
+def attention_einsum(q, k, v, rope, window, scale):
     q, k = rope_and_norm(q, *rope), rope_and_norm(k, *rope)
     T, parts = q.shape[1], []
     block = max(256, -(-T // 8))  # no more than eight: each is compiled by itself
     for start in range(0, T, block):
         end, first = min(start + block, T), max(0, start - window + 1)  # no query of this block sees an earlier key
         mask = window_mask(jnp.arange(start, end), jnp.arange(first, end), window)
-        parts.append(masked_attention(q[:, start:end], k[:, first:end], v[:, first:end], mask))
+        parts.append(masked_attention(q[:, start:end], k[:, first:end], v[:, first:end], mask, scale))
     return jnp.concatenate(parts, axis=1)
 
 
-def attention_jax(q, k, v, rope, window):
+def attention_jax(q, k, v, rope, window, scale):
     q, k = rope_and_norm(q, *rope), rope_and_norm(k, *rope)
     # A window of all T keys is no window: is_causal says it all, and spares a second mask.
     local = None if window >= q.shape[1] else (window - 1, 0)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, local_window_size=local)
 
 
-def attention_splash(q, k, v, rope, window):
+def attention_splash(q, k, v, rope, window, scale):
     from onechip.kernels import splash_attention
 
-    return splash_attention(rope_and_norm(q, *rope), rope_and_norm(k, *rope), v, window)
+    return splash_attention(rope_and_norm(q, *rope), rope_and_norm(k, *rope), v, window, scale)
 
 
-def attention_pallas(q, k, v, rope, window):
+def attention_pallas(q, k, v, rope, window, scale):
     from onechip.kernels import pallas_attention
 
-    return pallas_attention(q, k, v, *rope, window)
+    return pallas_attention(q, k, v, *rope, window, scale)
 
 
 ATTENTIONS = dict(
@@ -504,9 +518,8 @@ ATTENTIONS = dict(
 # %%
 if LOOK:
     q, k, v = jax.random.normal(jax.random.key(2), (3, 1, toy.seq_len, 2, toy.head_dim))
-    einsum, other = (
-        attention(q, k, v, rope_at(toy, 0, toy.seq_len), 32) for attention in (attention_einsum, attention_jax)
-    )
+    cases = rope_at(toy, 0, toy.seq_len), 32, toy.score_scale
+    einsum, other = (attention(q, k, v, *cases) for attention in (attention_einsum, attention_jax))
     print(f"attention {einsum.shape}: einsum and jax differ by {jnp.max(jnp.abs(einsum - other)):.1e}")
 
 # %% [markdown]
@@ -538,7 +551,7 @@ def empty_cache(config, rows, length):
 def attend(config, i, rope, start, past, q, k, v):
     """Layer i's attention over q, k, v and, if there is one, its part of a cache: (out (B, T, N, H), that part)."""
     if past is None:
-        return ATTENTIONS[config.attn_impl](q, k, v, rope, config.windows[i]), None
+        return ATTENTIONS[config.attn_impl](q, k, v, rope, config.windows[i], config.score_scale), None
     (B, T, _, H), S = q.shape, past[0].shape[1]
     q, k = rope_and_norm(q, *rope), rope_and_norm(k, *rope)
     append = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
@@ -546,7 +559,7 @@ def attend(config, i, rope, start, past, q, k, v):
     values = append(past[1], v.transpose(0, 2, 3, 1).reshape(-1, H, T), axis=2)
     k, v = keys.reshape(B, -1, S, H).transpose(0, 2, 1, 3), values.reshape(B, -1, H, S).transpose(0, 3, 1, 2)
     mask = window_mask(start + jnp.arange(T), jnp.arange(S), config.windows[i])
-    return masked_attention(q, k, v, mask), (keys, values)
+    return masked_attention(q, k, v, mask, config.score_scale), (keys, values)
 
 
 # %% [markdown]
@@ -563,13 +576,16 @@ def gpt_embed(config, params, tokens, before):
     return rms_norm(params["wte"][tokens])
 
 
-def attention_block(layer, x, attend):
-    """(what attention adds to the residual stream x (B, T, D), its part of the cache)."""
+def attention_block(layer, x, attend, more_v=None):
+    """(what attention adds to the residual stream x (B, T, D), its part of the cache).
+
+    more_v(normed x) -> (B, T, K, H) is added to the values.
+    """
     x = rms_norm(x)
     q = jnp.einsum("btd,dnh->btnh", x, layer["c_q"])
     k = jnp.einsum("btd,dkh->btkh", x, layer["c_k"])
     v = jnp.einsum("btd,dkh->btkh", x, layer["c_v"])
-    y, past = attend(q, k, v)
+    y, past = attend(q, k, v if more_v is None else v + more_v(x))
     return jnp.tensordot(y, layer["c_proj"], 2), past  # einsum contracts (h, n), for which a CPU transposes
 
 
@@ -731,7 +747,7 @@ if LOOK:
 #
 # AdamW (Loshchilov and Hutter, 2019) is eight lines over a pytree. An optimizer is two functions, `init` and `update`;
 # both see the table of weights, so that nothing is guessed from a name or a number of axes. Its state is one pytree of
-# any form, saved under one key.
+# any form, saved under one key. `--optimizer muon` takes that of `05_speedrun` instead, with settings of its own.
 #
 # - **Weight decay** falls on matrices only: a decayed scalar would just be pulled from the value it was set to.
 # - **The learning rate** rises over the first 2 % of the steps, stays, and falls linearly over the last half,
@@ -741,11 +757,11 @@ if LOOK:
 # %%
 def learning_rate_at(config, step):
     """The learning rate of a 0-based step: linear warm-up, constant, linear warm-down to final_lr_frac. float32."""
-    warmup = max(1, round(config.warmup_ratio * config.num_iterations))
+    warmup = config.warmup_steps or max(1, round(config.warmup_ratio * config.num_iterations))
     warmdown = max(1, round(config.warmdown_ratio * config.num_iterations))
-    rise = jnp.minimum(1.0, (step + 1) / warmup)
     left = jnp.clip((config.num_iterations - step) / warmdown, 0.0, 1.0)
-    return config.learning_rate * rise * (left + (1 - left) * config.final_lr_frac)
+    fall = left + (1 - left) * config.final_lr_frac
+    return config.learning_rate * jnp.where(step < warmup, (step + 1) / warmup, fall)
 
 
 def adamw_init(config, weights, params):
@@ -769,6 +785,7 @@ def adamw_update(config, weights, params, state, grads, step):
 
 
 ADAMW = Optimizer("adamw", adamw_init, adamw_update)
+OPTIMIZERS = {"adamw": ADAMW.name, "muon": "05_speedrun.MUON"}  # what --optimizer can name
 
 
 def global_norm(tree):
@@ -824,7 +841,7 @@ def state_shapes(config, mesh, model=GPT, optimizer=ADAMW):
     """The state as jax.ShapeDtypeStruct with shardings: weights as the table says, moments like their weights."""
     shapes = jax.eval_shape(functools.partial(new_state, config, model, optimizer), jax.random.key(0))
     places = jax.tree.map(lambda weight: sharding_of(mesh, weight.letters), model.weights(config))
-    return place_like(shapes, places, sharding_of(mesh, ""))
+    return place_like(shapes, shapes["params"], places, sharding_of(mesh, ""))
 
 
 def init_state(config, mesh, model=GPT, optimizer=ADAMW):
@@ -1212,6 +1229,21 @@ PROMPTS = {
 
 
 # %%
+def choose_parts(model, presets, overrides="", run_class=Run, optimizer=ADAMW):
+    """(Run, config, optimizer) with nothing left open, for the optimizer that --optimizer names, or this one.
+
+    The config has the optimizer's settings too. Prints what and why; UserError for what cannot be.
+    """
+    wanted = peek("optimizer", overrides)
+    require(not wanted or wanted in OPTIMIZERS, "optimizer", wanted, f"use {' or '.join(OPTIMIZERS)}")
+    if wanted:
+        name, folder = OPTIMIZERS[wanted], Path(tok.__file__).parent
+        optimizer = ADAMW if name == ADAMW.name else find_optimizer(name, folder, optimizer)
+    presets = {name: fields | optimizer.presets.get(name, {}) for name, fields in presets.items()}
+    run, config = choose(config_with(model.config, optimizer.settings), presets, overrides, run_class)
+    return run, config, optimizer
+
+
 def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
     """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer, mirror)."""
     mirror, folder = open_mirror(run, hub_token), RunFolder(Path(run.out) / run.name)
@@ -1233,9 +1265,9 @@ OVERRIDES = ""  # @param ["", "--preset laptop", "--n_head 6 --num_iterations 20
 
 if __name__ == "__main__":
     prepare()
-    run, config = choose(Config, PRESETS, OVERRIDES)
+    run, config, optimizer = choose_parts(GPT, PRESETS, OVERRIDES)
     print(describe_model(config))
-    show_fit(config, run.preflight)
+    show_fit(config, run.preflight, optimizer=optimizer)
 
 # %% [markdown]
 # Nothing has been downloaded yet, and a config that does not fit has been refused. The curve below grows with every
@@ -1245,7 +1277,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     hub_token = read_secret("HF_TOKEN")
-    result, tokenizer, mirror = train_run(run, config, hub_token)
+    result, tokenizer, mirror = train_run(run, config, hub_token, optimizer=optimizer)
 
 # %% [markdown]
 # ## Look
@@ -1296,9 +1328,9 @@ def open_model(source, model=None):
 
     model: only for one that no notebook here defines. A private repository asks for HF_TOKEN in the environment.
     """
-    files = find_model_files(source)
-    model = model or find_model(files.about.get("model", GPT.name), Path(tok.__file__).parent, GPT)
-    config = files.make_config(model.config)
+    files, folder = find_model_files(source), Path(tok.__file__).parent
+    model = model or find_model(files.about.get("model", GPT.name), folder, GPT)
+    config = files.make_config(config_of(files.about, model, folder))
     params, tokenizer = jax.device_put(files.load_params(config, model)), tok.load_tokenizer(files.tokenizer)
     check_vocabulary(config, tokenizer)
     return Opened(config, params, tokenizer, model)

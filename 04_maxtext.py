@@ -155,7 +155,7 @@ from onechip.files import atomic_write, write_json
 from onechip.hub import upload_folder
 from onechip.machine import open_tensorboard, read_secret
 from onechip.runfolder import ABOUT, RunFolder
-from onechip.settings import Run, change_default, choose, setting
+from onechip.settings import Run, change_default, setting
 from onechip.weights import Weight, draw_weights, normal, uniform
 
 tok = importlib.import_module("01_tokenizer")
@@ -416,16 +416,16 @@ OVERRIDES = ""  # @param ["", "--preset laptop", "--compare v6e:1x1"] {allow-inp
 
 if __name__ == "__main__":
     prepare()
-    run, config = choose(Config, PRESETS, OVERRIDES, CompareRun)
+    run, config, optimizer = train.choose_parts(SWIGLU, PRESETS, OVERRIDES, CompareRun)
     print(train.describe_model(config, SWIGLU))
     if run.wants_table():
         print(compare_models(run.compare))
-    train.show_fit(config, run.preflight, SWIGLU)
+    train.show_fit(config, run.preflight, SWIGLU, optimizer=optimizer)
 
 # %%
 if __name__ == "__main__":
     hub_token = read_secret("HF_TOKEN")
-    result, tokenizer, mirror = train.train_run(run, config, hub_token, SWIGLU)
+    result, tokenizer, mirror = train.train_run(run, config, hub_token, SWIGLU, optimizer)
 
 # %% [markdown]
 # ## Look

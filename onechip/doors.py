@@ -3,8 +3,12 @@
 Plain tuples of functions. A notebook that brings its own writes the functions and the tuple, and hands it to `train`.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
+
+import jax
 
 
 class Model(NamedTuple):
@@ -33,12 +37,25 @@ class Optimizer(NamedTuple):
     """name: what config.json keeps of it. init(config, weights, params) -> its state, a pytree of arrays.
 
     update(config, weights, params, state, grads, step) -> (params, state) after 0-based step `step`; weights is the
-    model's table, of the same structure as params.
+    model's table, of the same structure as params. settings: a dataclass of fields that it needs besides TrainConfig's,
+    or with other defaults; presets: {preset: fields} that suit it.
     """
 
     name: str
     init: Callable
     update: Callable
+    settings: type | None = None
+    presets: dict = {}
+
+
+@functools.cache
+def config_with(config_class, optimizer_settings):
+    """A model's Config class with the fields of an Optimizer's settings, which win; itself if there are none."""
+    if optimizer_settings is None:
+        return config_class
+    about = {"__doc__": config_class.__doc__}
+    mixed = type(config_class.__name__, (optimizer_settings, config_class), about)
+    return jax.tree_util.register_static(dataclasses.dataclass(frozen=True, kw_only=True)(mixed))
 
 
 class Task(NamedTuple):

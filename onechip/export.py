@@ -13,6 +13,7 @@ import jax
 
 from onechip.card import model_card
 from onechip.checkpoints import load_arrays, newest_checkpoint, unflatten
+from onechip.doors import Model, Optimizer, config_with
 from onechip.errors import UserError, first_line, require
 from onechip.files import atomic_write, read_json, write_text
 from onechip.hub import is_repo_name
@@ -91,18 +92,40 @@ def first_of(*paths):
 def find_model(name, folder, default):
     """The model that a config.json names, NOTEBOOK.CONSTANT, of a notebook in `folder`.
 
-    Nothing else is ever imported by what a file says. default: the model that is loaded already, with its name.
+    default: the model that is loaded already, with its name.
     """
-    if name == default.name:
-        return default
+    return default if name == default.name else find_part("model", name, folder, Model)
+
+
+def find_optimizer(name, folder, default):
+    """The same for an optimizer."""
+    return default if name == default.name else find_part("optimizer", name, folder, Optimizer)
+
+
+def config_of(about, model, folder):
+    """The Config class of a model that was trained with the optimizer that its config.json names."""
+    name = about.get("optimizer", "")
+    settings = find_part("optimizer", name, folder, Optimizer).settings if names_a_part(name) else None
+    return config_with(model.config, settings)
+
+
+def find_part(what, name, folder, kind):
+    """The Model or Optimizer NOTEBOOK.CONSTANT of a notebook in `folder`; UserError if it is no such thing.
+
+    Nothing else is ever imported by what a file says. what: the field that has the name; kind: the tuple's type.
+    """
     module, _, constant = str(name).partition(".")
-    ours = re.fullmatch(r"\d\d_[a-z0-9]+", module) and re.fullmatch(r"[A-Z][A-Z0-9_]*", constant)
-    spec = importlib.util.find_spec(module) if ours else None
+    spec = importlib.util.find_spec(module) if names_a_part(name) else None
     here = spec and spec.origin and Path(spec.origin).resolve() == (folder / f"{module}.py").resolve()
-    require(here, "model", name, "no notebook here has it: use the commit that config.json names, or pass model=")
-    model = getattr(importlib.import_module(module), constant, None)
-    require(hasattr(model, "weights"), "model", name, f"{module} has no such model: use the commit in config.json")
-    return model
+    require(here, what, name, f"no notebook here has it: use the commit that config.json names, or pass {what}=")
+    part = getattr(importlib.import_module(module), constant, None)
+    require(isinstance(part, kind), what, name, f"{module} has no such {what}: use the commit in config.json")
+    return part
+
+
+def names_a_part(name):
+    """Whether a name has the form NOTEBOOK.CONSTANT, 04_maxtext.SWIGLU say."""
+    return bool(re.fullmatch(r"\d\d_[a-z0-9]+\.[A-Z][A-Z0-9_]*", str(name)))
 
 
 def copy_into(folder, *paths):

@@ -7,8 +7,9 @@ Splash needs 42,918:
 
 - Tiles are unrolled in Python. Those outside the window do not exist, only those on its edges are masked, and the
   compiler overlaps the products of one tile with the exp of the next: 17,064 bundles.
-- QK-norm bounds every score by sqrt(H), 11.3 at 128 channels. exp() cannot overflow, so there is no running maximum and
-  nothing is rescaled; the sums ride along as 128 more columns of the product with v, half a matrix unit that was idle.
+- QK-norm bounds every score by H times their scale, 11.3 at 128 channels and 1 / sqrt(H). exp() cannot overflow, so
+  there is no running maximum and nothing is rescaled; the sums ride along as 128 more columns of the product with v,
+  half a matrix unit that was idle.
 - RoPE and QK-norm go in as well. They add 4,355 bundles, 0.08 ms a layer; as XLA passes over q and k they took 0.25.
 
 Recomputing the scores in the backward pass from one number a row is FlashAttention's idea (Dao, 2022 and 2023). Keys
@@ -105,14 +106,14 @@ def rotated_unit_backward(x_ref, g, cos, sin, rows):
     return r * (g - y * mean(g * y, x_ref.dtype))
 
 
-def forward_kernel(q_ref, k_ref, v_ref, cos, sin, o_ref, lse_ref, k_unit, *, window, b):
+def forward_kernel(q_ref, k_ref, v_ref, cos, sin, o_ref, lse_ref, k_unit, *, window, scale, b):
     """One head: o (T, H) and the scores' logsumexp (1, T) from q, k, v (T, H)."""
     T, H = q_ref.shape
     blocks = [slice(i * b, (i + 1) * b) for i in range(T // b)]
     ones = jnp.ones((b, LANES), v_ref.dtype)
     for i, rows in enumerate(blocks):
         k_unit[rows, :] = rotated_unit(k_ref, cos, sin, rows).astype(k_unit.dtype)
-        q = (rotated_unit(q_ref, cos, sin, rows) * H**-0.5).astype(q_ref.dtype)
+        q = (rotated_unit(q_ref, cos, sin, rows) * scale).astype(q_ref.dtype)
         total = jnp.zeros((b, H + LANES), jnp.float32)
         for j, masked in [(j, masked) for i_, j, masked in tiles(T, window, b) if i_ == i]:
             s = dot(q, k_unit[blocks[j], :], 1, 1)
@@ -125,7 +126,7 @@ def forward_kernel(q_ref, k_ref, v_ref, cos, sin, o_ref, lse_ref, k_unit, *, win
 
 def backward_kernel(
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, cos, sin, dq_ref, dk_ref, dv_ref,
-    q_unit, k_unit, dq, *shared, window, b,
+    q_unit, k_unit, dq, *shared, window, scale, b,
 ):  # fmt: skip
     """One head: dq, dk, dv (T, H). Keys run along the rows of each tile, so that lse and delta (1, T) are row vectors.
 
@@ -134,7 +135,7 @@ def backward_kernel(
     T, H = q_ref.shape
     blocks = [slice(i * b, (i + 1) * b) for i in range(T // b)]
     for rows in blocks:
-        q_unit[rows, :] = (rotated_unit(q_ref, cos, sin, rows) * H**-0.5).astype(q_unit.dtype)
+        q_unit[rows, :] = (rotated_unit(q_ref, cos, sin, rows) * scale).astype(q_unit.dtype)
         k_unit[rows, :] = rotated_unit(k_ref, cos, sin, rows).astype(k_unit.dtype)
         dq[rows, :] = jnp.zeros((b, H), jnp.float32)
     for j, cols in enumerate(blocks):
@@ -155,7 +156,7 @@ def backward_kernel(
         dk_ref[cols, :] = dk.astype(dk_ref.dtype)
         dv_ref[cols, :] = dv.astype(dv_ref.dtype)
     for rows in blocks:
-        grad = rotated_unit_backward(q_ref, dq[rows, :] * H**-0.5, cos, sin, rows)
+        grad = rotated_unit_backward(q_ref, dq[rows, :] * scale, cos, sin, rows)
         dq_ref[rows, :] = grad.astype(dq_ref.dtype)
 
 
@@ -205,18 +206,18 @@ def count_cost(arrays, window, products):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def fused_attention(q, k, v, cos, sin, window):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def fused_attention(q, k, v, cos, sin, window, scale):
     """Attention over the last `window` keys of q and k as they leave their products: (B, N, T, H), in q's dtype.
 
     q (B, N, T, H), k and v (B, K, T, H). cos and sin (T, H) float32: cosines and signed sines of the rotary angles, as
-    `rotate` takes them. T a multiple of 128, H of 128. Scores are of rotated, normed q and k, scaled by H ** -0.5.
+    `rotate` takes them. T a multiple of 128, H of 128. Scores are of rotated, normed q and k, times `scale`.
     """
-    return fused_forward(q, k, v, cos, sin, window)[0]
+    return fused_forward(q, k, v, cos, sin, window, scale)[0]
 
 
-def fused_forward(q, k, v, cos, sin, window):
-    kernel = functools.partial(forward_kernel, window=window, b=block_size(q.shape[2]))
+def fused_forward(q, k, v, cos, sin, window, scale):
+    kernel = functools.partial(forward_kernel, window=window, scale=scale, b=block_size(q.shape[2]))
     row = jax.ShapeDtypeStruct((*q.shape[:2], 1, q.shape[2]), jnp.float32)
     outputs = [jax.ShapeDtypeStruct(q.shape, q.dtype), row]
     scratch, cost = [pltpu.VMEM(q.shape[2:], q.dtype)], count_cost((q, k, v, q), window, 2)
@@ -224,10 +225,10 @@ def fused_forward(q, k, v, cos, sin, window):
     return o, (q, k, v, cos, sin, o, lse)
 
 
-def fused_backward(window, saved, do):
+def fused_backward(window, scale, saved, do):
     q, k, v, cos, sin, o, lse = saved
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1)[:, :, None]
-    kernel = functools.partial(backward_kernel, window=window, b=block_size(q.shape[2]))
+    kernel = functools.partial(backward_kernel, window=window, scale=scale, b=block_size(q.shape[2]))
     scratch = [pltpu.VMEM(q.shape[2:], dtype) for dtype in (q.dtype, q.dtype, jnp.float32)]
     if k.shape[1] < q.shape[1]:
         scratch += [pltpu.VMEM(q.shape[2:], jnp.float32)] * 2
@@ -244,20 +245,21 @@ fused_attention.defvjp(fused_forward, fused_backward)
 # As a model calls them: tokens before heads
 
 
-def pallas_attention(q, k, v, cos, sin, window):
+def pallas_attention(q, k, v, cos, sin, window, scale):
     """Attention over the last `window` keys by the kernels above, (B, T, N, H) in q's dtype.
 
     q (B, T, N, H) and k, v (B, T, K, H) as they leave their products: RoPE and QK-norm are done here. cos, sin (T, H)
-    float32. T and H multiples of 128, T * H at most MOST_ENTRIES.
+    float32; scale: what the scores are multiplied by. T and H multiples of 128, T * H at most MOST_ENTRIES.
     """
     heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-    return jnp.swapaxes(fused_attention(*heads_first, cos, sin, window), 1, 2)
+    return jnp.swapaxes(fused_attention(*heads_first, cos, sin, window, scale), 1, 2)
 
 
-def splash_attention(q, k, v, window):
+def splash_attention(q, k, v, window, scale):
     """Attention over the last `window` keys by JAX's Splash Attention, (B, T, N, H) in q's dtype.
 
-    q (B, T, N, H) and k, v (B, T, K, H), q and k already rotated and normed. T a multiple of 128.
+    q (B, T, N, H) and k, v (B, T, K, H), q and k already rotated and normed; scores are times `scale`. T a
+    multiple of 128.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -273,5 +275,5 @@ def splash_attention(q, k, v, window):
         attend = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
         return jax.vmap(attend)(q, k, v)
 
-    heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]  # Splash does not scale by itself
+    heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * scale, k, v)]  # Splash does not scale by itself
     return jnp.swapaxes(interpreted_off_tpu(kernel, *heads_first), 1, 2)

@@ -156,17 +156,22 @@ def _make_parser(classes):
     return parser
 
 
+def words_of(overrides):
+    """The words that a user set: those of the text `overrides`, and in a script the command line's after them."""
+    try:
+        words = shlex.split(overrides)
+    except ValueError as error:
+        raise UserError(f"{shorten(overrides)!r}: {error}. Write it as on a command line") from None
+    return words if in_notebook() else words + sys.argv[1:]
+
+
 def parse_settings(*classes, overrides=""):
     """What a user set, as one dict of field values per dataclass in `classes`.
 
     In a notebook that is the text `overrides` ("--n_head 4 --data offline"), in a script the command line after it.
     Raises UserError on a wrong name, with the nearest right one, and on a value of the wrong type.
     """
-    try:
-        words = shlex.split(overrides)
-    except ValueError as error:
-        raise UserError(f"{shorten(overrides)!r}: {error}. Write it as on a command line") from None
-    given, unknown = _make_parser(classes).parse_known_args(words if in_notebook() else words + sys.argv[1:])
+    given, unknown = _make_parser(classes).parse_known_args(words_of(overrides))
     if unknown:
         names = [field.name for cls in classes for field in dataclasses.fields(cls)]
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, n=1)
@@ -175,11 +180,19 @@ def parse_settings(*classes, overrides=""):
     return [{f.name: getattr(given, f.name) for f in dataclasses.fields(cls) if f.name in given} for cls in classes]
 
 
+def peek(name, overrides=""):
+    """The text that a user set for one setting, before it is known which others there are; "" if none."""
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    parser.add_argument(f"--{name}", default="")
+    return getattr(parser.parse_known_args(words_of(overrides))[0], name)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """What to run, on which data, and where to leave it."""
 
     preset: str = setting("", "chip, gpu or laptop; empty: by the device")
+    optimizer: str = setting("", "adamw or muon; empty: the notebook's own")
     data: str = setting("", "offline, fineweb, or a folder of parquet shards; empty: offline for laptop, else fineweb")
     num_shards: int = setting(0, "FineWeb-Edu shards to train on, 50M tokens each; 0: as many as needed", at_least=0)
     name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")

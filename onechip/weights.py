@@ -23,15 +23,18 @@ class Weight:
 
     axes: its letters in order; in a matrix, "->" separates the axes that a product sums over from those it makes.
     init(key, shape, fan_in) -> its first values, float32. kind: embed (a lookup, which costs no FLOPs), attention, mlp,
-    lm_head, or scalar (never decayed, never cast).
+    lm_head, or scalar (never decayed, never cast). group: what it is to an optimizer with several learning rates; its
+    kind if empty.
     """
 
     axes: str
     init: Callable
     kind: str
+    group: str = ""
 
     def __post_init__(self):
         require(self.kind in KINDS, "kind", self.kind, f"use one of {', '.join(KINDS)}")
+        object.__setattr__(self, "group", self.group or self.kind)
 
     @property
     def letters(self):
@@ -41,6 +44,11 @@ class Weight:
     def shape(self, config):
         """Its shape, by the Config's sizes."""
         return tuple(config.sizes[letter] for letter in self.letters)
+
+    @property
+    def is_matrix(self):
+        """Whether a product sums over some of its axes and makes the others."""
+        return "->" in self.axes
 
     def fan_in(self, config):
         """Inputs of each output: the product of the axes before the arrow."""
@@ -99,14 +107,15 @@ def count_by_kind(config, table):
     return {**counts, "total": sum(counts.values())}
 
 
-def place_like(shapes, places, whole):
-    """A pytree of jax.ShapeDtypeStruct with shardings: each part that has the structure of `places` lies as that says.
+def place_like(shapes, params, places, whole):
+    """A pytree of jax.ShapeDtypeStruct with shardings: what has the structure and a shape of `params` lies like that.
 
-    shapes: say {"params": ..., "opt": {"mu": ..., "count": ...}}; places: a sharding for each parameter; whole: the
+    shapes: say {"params": params, "opt": {"mu": ..., "count": ...}}; places: a sharding for each of params; whole: the
     sharding of everything else.
     """
     structure = jax.tree.structure(places)
     alike = lambda tree: jax.tree.structure(tree) == structure
     put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-    part = lambda tree: jax.tree.map(put, tree, places) if alike(tree) else put(tree, whole)
+    put_like = lambda leaf, param, place: put(leaf, place if leaf.shape == param.shape else whole)
+    part = lambda tree: jax.tree.map(put_like, tree, params, places) if alike(tree) else put(tree, whole)
     return jax.tree.map(part, shapes, is_leaf=alike)
