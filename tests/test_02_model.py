@@ -246,6 +246,7 @@ SMALL = {"GQA": (13, 6, 3, 10), "MHA": (11, 5, 5, 6), "MQA": (17, 7, 1, 4), "lon
 BLOCKS = {"GQA": (256, 6, 3, 10), "MHA": (384, 2, 2, 6), "MQA": (128, 5, 1, 14)}
 LANES = {"GQA": (384, 6, 3, 128), "MHA": (512, 2, 2, 256), "MQA": (768, 3, 1, 128)}
 WINDOWS = (1, 5, "half", "all")
+SCALES = {"GQA": 1.44, "MHA": 1.0, "MQA": 0.6, "long": 1.2}  # of the scores, in units of 1 / sqrt(H)
 BASE = 50.0
 CASES = [
     *itertools.product(("einsum", "jax"), SMALL, WINDOWS),
@@ -279,10 +280,13 @@ def rope_of(length, channels):
     return train.rope_tables(shape)
 
 
-def attend_by(impl, length, channels, window):
-    """The attention `impl` as the model calls it: a function of q, k and v as they leave their products."""
+def attend_by(impl, length, channels, window, factor=1.0):
+    """The attention `impl` as the model calls it: a function of q, k and v as they leave their products.
+
+    factor: of the scores, in units of 1 / sqrt(H).
+    """
     rope = rope_of(length, channels)
-    return lambda q, k, v: train.ATTENTIONS[impl](q, k, v, rope, window)
+    return lambda q, k, v: train.ATTENTIONS[impl](q, k, v, rope, window, factor * channels**-0.5)
 
 
 def test_rope_at_is_a_piece_of_the_tables():
@@ -317,10 +321,14 @@ def test_every_attention_has_its_cases_and_is_a_choice():
 
 @pytest.mark.parametrize("impl, heads, window", [c if c in QUICK else slow_case(*c) for c in CASES])
 def test_attention_equals_the_reference(impl, heads, window):
-    """Four attentions are one function, to 2e-6 in value and 5e-6 in gradients, relative to each array's largest."""
+    """Four attentions are one function, to 2e-6 in value and 5e-6 in gradients, relative to each array's largest.
+
+    Whatever the scale of the scores: 1 / sqrt(H), more, or less.
+    """
     (q, k, v, g), window = attention_case(impl, heads, window)
-    want, want_grads = raw_attention_reference(q, k, v, window, BASE, g)
-    attend = attend_by(impl, q.shape[1], q.shape[3], window)
+    scale = SCALES[heads] / math.sqrt(q.shape[3])
+    want, want_grads = raw_attention_reference(q, k, v, window, BASE, g, scale)
+    attend = attend_by(impl, q.shape[1], q.shape[3], window, SCALES[heads])
 
     def weighted(q, k, v):
         out = attend(q, k, v)
@@ -345,9 +353,9 @@ def test_einsum_computes_only_keys_that_a_block_sees(window, share):
 
     def everything(q, k, v):
         q, k = train.rope_and_norm(q, *rope), train.rope_and_norm(k, *rope)
-        return train.masked_attention(q, k, v, np.ones((2048, 2048), bool))
+        return train.masked_attention(q, k, v, np.ones((2048, 2048), bool), 0.25)
 
-    computed = flops(lambda q, k, v: train.attention_einsum(q, k, v, rope, window))
+    computed = flops(lambda q, k, v: train.attention_einsum(q, k, v, rope, window, 0.25))
     assert computed / flops(everything) == pytest.approx(share, rel=0.02)
 
 
@@ -370,10 +378,12 @@ def test_attention_in_bfloat16_takes_its_softmax_in_float32(impl):
     """Scores rounded to bfloat16 before the softmax lose 3 more bits: the error stays near that of the inputs' type."""
     (q, k, v, _), window = attention_case("einsum", "GQA", 5)
     q, k, v = (jnp.asarray(a * 2, jnp.bfloat16) for a in (q, k, v))
-    rope = rope_of(q.shape[1], q.shape[3])
-    turned = [np.float64(train.rope_and_norm(a, *rope)) for a in (q, k)]  # rounded as attention gets them
+    length, channels = q.shape[1], q.shape[3]
+    turned = [
+        np.float64(train.rope_and_norm(a, *rope_of(length, channels))) for a in (q, k)
+    ]  # rounded as attention gets them
     want, _ = attention_reference(*turned, np.float64(v), window)
-    out = jax.jit(lambda q, k, v: train.ATTENTIONS[impl](q, k, v, rope, window))(q, k, v)
+    out = jax.jit(attend_by(impl, length, channels, window))(q, k, v)
     assert out.dtype == jnp.bfloat16
     assert relative_rms(out, want) < 2.5e-3
 

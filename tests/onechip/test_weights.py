@@ -44,6 +44,16 @@ def test_axes_say_shape_and_inputs():
     assert [weights[axes].fan_in(CONFIG) for axes in ("D->NH", "NH->D", "D->F")] == [22, 84, 22]
 
 
+def test_an_arrow_makes_a_matrix_and_a_kind_is_a_group():
+    """A table with no optimizer in mind needs no groups: each weight is in that of its kind unless it names another."""
+    weights = [weight for weight in jax.tree.leaves(TABLE)]
+    assert [w.group for w in weights] == [w.kind for w in weights]
+    gate = Weight("D->", uniform, "attention", "gates")
+    assert (gate.kind, gate.group) == ("attention", "gates") and gate == Weight("D->", uniform, "attention", "gates")
+    matrices = {"D->NH": True, "NH->D": True, "D->": True, "L": False, "": False}
+    assert {axes: Weight(axes, uniform, "mlp").is_matrix for axes in matrices} == matrices
+
+
 def test_an_unknown_kind_is_refused():
     """A weight that nobody counts would make MFU wrong without a word."""
     with pytest.raises(UserError) as refusal:
@@ -90,14 +100,23 @@ def test_parameters_are_counted_by_kind():
 
 
 def test_what_has_the_form_of_the_parameters_lies_as_they_do():
-    """Moments lie like their weights, at any depth; a counter, or a tree of another form, is whole everywhere."""
+    """Moments lie like their weights, at any depth; a counter, or a tree of another form, is whole everywhere.
+
+    So is a moment of another shape than its parameter's: one number a row does not split as a matrix does.
+    """
     shapes = shapes_of(CONFIG, {"a": LAYER["c_q"], "b": [LAYER["c_proj"]]})
     places, whole = {"a": "place of a", "b": ["place of b"]}, "everywhere"
+    rows = {"a": jax.ShapeDtypeStruct((22, 1, 1), jnp.float32), "b": shapes["b"]}
     with pytest.MonkeyPatch.context() as patch:  # a place is only handed on
         patch.setattr(jax, "ShapeDtypeStruct", lambda shape, dtype, sharding: sharding)
         count = SimpleNamespace(shape=(), dtype="int32")
-        state = {"params": shapes, "opt": {"mu": shapes, "deep": [{"nu": shapes}, count], "half": {"a": count}}}
-        assert place_like(state, places, whole) == {
+        state = {"mu": shapes, "rows": rows, "deep": [{"nu": shapes}, count], "half": {"a": count}}
+        assert place_like({"params": shapes, "opt": state}, shapes, places, whole) == {
             "params": places,
-            "opt": {"mu": places, "deep": [{"nu": places}, whole], "half": {"a": whole}},
+            "opt": {
+                "mu": places,
+                "rows": {"a": whole, "b": ["place of b"]},
+                "deep": [{"nu": places}, whole],
+                "half": {"a": whole},
+            },
         }

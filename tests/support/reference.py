@@ -37,22 +37,26 @@ def visible(length, window):
     return (ahead >= 0) & (ahead < window)
 
 
-def attention_reference(q, k, v, window, g=None):
-    """Attention, head by head: out (B, T, N, H); with an output gradient g also the gradients: (dq, dk, dv)."""
+def attention_reference(q, k, v, window, g=None, scale=None):
+    """Attention, head by head: out (B, T, N, H); with an output gradient g also the gradients: (dq, dk, dv).
+
+    scale: of the scores, 1 / sqrt(H) if None.
+    """
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     batch, length, heads, channels = q.shape
+    scale = 1 / math.sqrt(channels) if scale is None else scale
     group, mask = heads // k.shape[2], visible(length, window)
     out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b in range(batch):
         for n in range(heads):
             keys, values = k[b, :, n // group], v[b, :, n // group]
-            scores = np.where(mask, q[b, :, n] @ keys.T / math.sqrt(channels), -np.inf)
+            scores = np.where(mask, q[b, :, n] @ keys.T * scale, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             out[b, :, n] = weights @ values
             if g is not None:
                 dweights = g[b, :, n] @ values.T
-                dscores = weights * (dweights - (dweights * weights).sum(-1, keepdims=True)) / math.sqrt(channels)
+                dscores = weights * (dweights - (dweights * weights).sum(-1, keepdims=True)) * scale
                 dq[b, :, n] = dscores @ keys
                 dk[b, :, n // group] += dscores.T @ q[b, :, n]
                 dv[b, :, n // group] += weights.T @ g[b, :, n]
@@ -82,11 +86,11 @@ def rope_reference(x, base, direction=1):
     return y
 
 
-def raw_attention_reference(q, k, v, window, base, g=None):
+def raw_attention_reference(q, k, v, window, base, g=None, scale=None):
     """attention_reference of rotated and normed q and k, and its gradients for q and k as they were before that."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     turned = [rope_reference(a, base) for a in (q, k)]
-    out, (dq, dk, dv) = attention_reference(*map(norm_reference, turned), v, window, g)
+    out, (dq, dk, dv) = attention_reference(*map(norm_reference, turned), v, window, g, scale)
     if g is not None:  # a rotation's gradient is the rotation back
         dq, dk = (rope_reference(norm_gradient_reference(*a), base, -1) for a in zip(turned, (dq, dk), strict=True))
     return out, (dq, dk, dv)
@@ -141,8 +145,8 @@ def greedy_reference(logits, prompt, count):
 
 
 def rate_reference(config, step):
-    """The learning rate of a 0-based step, spelled out."""
-    warmup = max(1, round(config.warmup_ratio * config.num_iterations))
+    """The learning rate of a 0-based step, spelled out; where warm-up and warm-down overlap, the warm-up counts."""
+    warmup = config.warmup_steps or max(1, round(config.warmup_ratio * config.num_iterations))
     warmdown = max(1, round(config.warmdown_ratio * config.num_iterations))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
