@@ -332,6 +332,20 @@ class Config(TrainConfig):
 
 
 # %% [markdown]
+# A preset is what suits a device; the laptop's is the same code at 1/37 of the size.
+
+# %%
+PRESETS = {
+    "chip": {},
+    "gpu": {"attn_impl": "jax", "device_batch_size": 16},
+    "laptop": {
+        "n_head": 4, "head_dim": 64, "vocab_size": 8192, "seq_len": 256, "attn_impl": "einsum", "dtype": "float32",
+        "device_batch_size": 8, "total_batch_size": 8, "num_iterations": 300, "learning_rate": 3e-3,
+        "eval_every": 100, "eval_tokens": 1 << 16, "sample_every": 0, "loss_slice": 512,
+    },
+}  # fmt: skip
+
+# %% [markdown]
 # Some rules relate two fields.
 
 
@@ -620,7 +634,7 @@ def gpt_readout(config, params, streams):
     return rms_norm(streams[-1])
 
 
-GPT = Model("02_train.GPT", Config, gpt_weights, gpt_embed, gpt_block, gpt_readout)
+GPT = Model("02_train.GPT", Config, gpt_weights, gpt_embed, gpt_block, gpt_readout, presets=PRESETS)
 
 
 def backbone(config, model, params, tokens, cache=None):
@@ -785,7 +799,21 @@ def adamw_update(config, weights, params, state, grads, step):
 
 
 ADAMW = Optimizer("adamw", adamw_init, adamw_update)
-OPTIMIZERS = {"adamw": ADAMW.name, "muon": "05_speedrun.MUON"}  # what --optimizer can name
+# What --optimizer and 03's --model can name: a constant of a notebook next to this one.
+MODELS = {"gpt": GPT.name, "swiglu": "04_maxtext.SWIGLU", "nanochat": "05_speedrun.NANOCHAT"}
+OPTIMIZERS = {"adamw": ADAMW.name, "muon": "05_speedrun.MUON"}
+
+
+def model_named(name):
+    """The Model that --model names; UserError if there is none."""
+    require(name in MODELS, "model", name, f"use one of {', '.join(MODELS)}")
+    return find_model(MODELS[name], Path(tok.__file__).parent, GPT)
+
+
+def optimizer_named(name):
+    """The Optimizer that --optimizer names; UserError if there is none."""
+    require(name in OPTIMIZERS, "optimizer", name, f"use {' or '.join(OPTIMIZERS)}")
+    return find_optimizer(OPTIMIZERS[name], Path(tok.__file__).parent, ADAMW)
 
 
 def global_norm(tree):
@@ -1209,19 +1237,9 @@ if LOOK:
 #
 # What runs is decided by what is here, reported in a line each, and yours to change: write `OVERRIDES` the way it
 # would be on a command line, `"--preset laptop --num_iterations 200"`, or pass the same words to `uv run 02_train.py`.
-# The laptop preset is the same code at 1/37 of the size. A run is named after its settings: Run all again resumes it,
-# and a changed setting starts a new run.
+# A run is named after its settings: Run all again resumes it, and a changed setting starts a new run.
 
 # %%
-PRESETS = {
-    "chip": {},
-    "gpu": {"attn_impl": "jax", "device_batch_size": 16},
-    "laptop": {
-        "n_head": 4, "head_dim": 64, "vocab_size": 8192, "seq_len": 256, "attn_impl": "einsum", "dtype": "float32",
-        "device_batch_size": 8, "total_batch_size": 8, "num_iterations": 300, "learning_rate": 3e-3,
-        "eval_every": 100, "eval_tokens": 1 << 16, "sample_every": 0, "loss_slice": 512,
-    },
-}  # fmt: skip
 PROMPTS = {
     "stdlib": ("import ", "def __init__(self", '    """Return '),
     "default": ("The capital of France is", "If yesterday was Friday, then", "The chemical symbol of gold is"),
@@ -1229,18 +1247,22 @@ PROMPTS = {
 
 
 # %%
-def choose_parts(model, presets, overrides="", run_class=Run, optimizer=ADAMW):
+def presets_of(model, optimizer):
+    """{preset: fields} that suit a model with an optimizer, whose fields win."""
+    return {name: fields | optimizer.presets.get(name, {}) for name, fields in model.presets.items()}
+
+
+def choose_parts(model, overrides="", run_class=Run, optimizer=ADAMW):
     """(Run, config, optimizer) with nothing left open, for the optimizer that --optimizer names, or this one.
 
     The config has the optimizer's settings too. Prints what and why; UserError for what cannot be.
     """
     wanted = peek("optimizer", overrides)
-    require(not wanted or wanted in OPTIMIZERS, "optimizer", wanted, f"use {' or '.join(OPTIMIZERS)}")
-    if wanted:
-        name, folder = OPTIMIZERS[wanted], Path(tok.__file__).parent
-        optimizer = ADAMW if name == ADAMW.name else find_optimizer(name, folder, optimizer)
-    presets = {name: fields | optimizer.presets.get(name, {}) for name, fields in presets.items()}
-    run, config = choose(config_with(model.config, optimizer.settings), presets, overrides, run_class)
+    if wanted and OPTIMIZERS.get(wanted) != optimizer.name:
+        optimizer = optimizer_named(wanted)
+    run, config = choose(
+        config_with(model.config, optimizer.settings), presets_of(model, optimizer), overrides, run_class
+    )
     return run, config, optimizer
 
 
@@ -1265,7 +1287,7 @@ OVERRIDES = ""  # @param ["", "--preset laptop", "--n_head 6 --num_iterations 20
 
 if __name__ == "__main__":
     prepare()
-    run, config, optimizer = choose_parts(GPT, PRESETS, OVERRIDES)
+    run, config, optimizer = choose_parts(GPT, OVERRIDES)
     print(describe_model(config))
     show_fit(config, run.preflight, optimizer=optimizer)
 

@@ -176,13 +176,14 @@ from typing import NamedTuple
 
 import jax
 
+from onechip.doors import config_with
 from onechip.errors import UserError, first_line, report_in_one_line, require, say
 from onechip.files import age_of, atomic_write, create_whole, read_json_lines, read_json_or_none, write_json, write_text
 from onechip.fit import DoesNotFit
 from onechip.machine import deferred_interrupt, git_commit, read_secret
 from onechip.plots import show_picture
 from onechip.runfolder import RunFolder
-from onechip.settings import BELOW, Run, check_fields, count_tokens, is_below, parse_settings, setting, settle
+from onechip.settings import BELOW, Run, check_fields, count_tokens, is_below, parse_settings, peek, setting, settle
 from onechip.tables import table
 
 train = importlib.import_module("02_train")
@@ -193,6 +194,7 @@ tok = importlib.import_module("01_tokenizer")
 class Settings:
     """What this worker does and, if it creates the sweep, what the sweep is."""
 
+    model: str = setting("gpt", "what is trained: 02's model, 04's or 05's", choices=tuple(train.MODELS))
     where: str = setting("", "wandb or local; empty: wandb if there is a key and the preset is not laptop")
     sweep: str = setting("", "id of a wandb sweep to join, [entity/project/]id; empty: the one of these settings")
     count: int = setting(0, "trials that this worker runs; 0: until the sweep is over", at_least=0)
@@ -244,26 +246,54 @@ SPACES = {
         "device_batch_size": {"values": [4, 8]},
     },
 }
+MUON_RATES = {  # Muon scales them by batch and width
+    "matrix_lr": {"distribution": "log_uniform_values", "min": 0.005, "max": 0.08},
+    "embed_lr": {"distribution": "log_uniform_values", "min": 0.1, "max": 1.0},
+    "lm_head_lr": {"distribution": "log_uniform_values", "min": 0.002, "max": 0.03},
+    "weight_decay": {"min": 0.0, "max": 0.6},
+    "warmdown_ratio": {"min": 0.4, "max": 0.9},
+}
+DEPTHS = {"chip": [10, 12, 14], "gpu": [10, 12, 14], "laptop": [2, 3, 4]}  # of 05's model
+
+
+def space_of(model, optimizer, preset):
+    """What is swept where nobody says otherwise, for names as --model and --optimizer take them."""
+    space = SPACES[preset]
+    sizes = {"gpt": {"n_head": space["n_head"]}, "swiglu": {}, "nanochat": {"depth": {"values": DEPTHS[preset]}}}
+    rates = MUON_RATES if optimizer == "muon" else {name: spec for name, spec in space.items() if name != "n_head"}
+    return rates | sizes[model] | {"device_batch_size": space["device_batch_size"]}
+
+
+OPTIMIZER_OF = {"gpt": "adamw", "swiglu": "adamw", "nanochat": "muon"}  # where --optimizer says nothing
 # A trial is a short run: it shows which setting learns faster, not how good a long run gets.
-TRIALS = {
-    "chip": train.PRESETS["chip"] | {"num_iterations": 1000},
-    "gpu": train.PRESETS["gpu"] | {"num_iterations": 1000},
-    "laptop": train.PRESETS["laptop"] | {"num_iterations": 60, "eval_tokens": 1 << 14},
+SHORT = {
+    "chip": {"num_iterations": 1000},
+    "gpu": {"num_iterations": 1000},
+    "laptop": {"num_iterations": 60, "eval_tokens": 1 << 14},
 }
 METRIC = "val_bpb"
+
+
+def trial_presets(model, optimizer):
+    """{preset: fields} of a short run."""
+    return {name: fields | SHORT[name] for name, fields in train.presets_of(model, optimizer).items()}
+
+
 ORIGIN = ("commit", "data", "data_name", "data_revision", "num_shards", "budget", "budget_size", "evaluations")
+ORIGIN += ("model", "optimizer")  # these two as --model and --optimizer name them
 DERIVED = ("num_iterations", "eval_every", "sample_every", "save_every", "keep")  # follow from budget and evaluations
 
 
 def make_sweep(settings, run, config, space, corpus):
     """The sweep as a dictionary in wandb's format: `space` is swept, the other fields of `config` are constants."""
-    fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in DERIVED}
-    fixed["n_kv_head"] = 0 if config.n_kv_head == config.n_head else config.n_kv_head  # so that n_head can be swept
-    tokens = count_tokens(config)
-    size = tokens if settings.budget == "tokens" else tokens * train.flops_per_token(config)
+    fixed = {k: v for k, v in as_given(config).items() if k not in DERIVED}
+    optimizer, tokens = run.optimizer or OPTIMIZER_OF[settings.model], count_tokens(config)
+    model = train.model_named(settings.model)
+    size = tokens if settings.budget == "tokens" else tokens * train.flops_per_token(config, model)
     data = run.data if run.data in ("offline", "fineweb") else ""  # a folder's path is each worker's own
     origin = (git_commit() or "", data, corpus.name, corpus.revision, run.num_shards)
-    values = fixed | dict(zip(ORIGIN, (*origin, settings.budget, size, settings.evaluations), strict=True))
+    origin += (settings.budget, size, settings.evaluations, settings.model, optimizer)
+    values = fixed | dict(zip(ORIGIN, origin, strict=True))
     sweep = {
         "method": settings.method,
         "metric": {"name": METRIC, "goal": "minimize"},
@@ -273,6 +303,14 @@ def make_sweep(settings, run, config, space, corpus):
     }
     digest = hashlib.sha256(json.dumps(sweep, sort_keys=True).encode()).hexdigest()[:6]
     return {"name": run.name or f"sweep-{run.preset}-{corpus.name}-{digest}", **sweep}
+
+
+def as_given(config):
+    """{field: value}, with 0 for what follows from other fields, so that those can be swept: n_kv_head from n_head."""
+    values = dataclasses.asdict(config)
+    zeros = {field.name for field in dataclasses.fields(config) if field.default == 0 and values[field.name]}
+    follows = {name for name in zeros - set(DERIVED) if dataclasses.replace(config, **{name: 0}) == config}
+    return {name: 0 if name in follows else value for name, value in values.items()}
 
 
 def swept_fields(sweep):
@@ -349,7 +387,7 @@ def check_origin(sweep, place):
 
 def check_sweep(sweep):
     """The Config of every combination of extremes, at most 4096; UserError for the first that cannot be built."""
-    fields = [field.name for field in dataclasses.fields(train.Config)]
+    fields = [field.name for field in dataclasses.fields(config_class_of(constants(sweep)))]
     space = swept_fields(sweep)
     require(space, "space", space, "name at least one Config field to sweep")
     for name in space:
@@ -384,17 +422,24 @@ if LOOK:
 # %%
 def trial_config(parameters):
     """The Config of a trial: its steps follow from the budget, rounded so that the evaluations are evenly spaced."""
-    kinds = {field.name: field.type for field in dataclasses.fields(train.Config) if field.name not in DERIVED}
+    config_class, model = config_class_of(parameters), train.model_named(parameters["model"])
+    kinds = {field.name: field.type for field in dataclasses.fields(config_class) if field.name not in DERIVED}
     values = {name: plain_value(parameters[name], kind) for name, kind in kinds.items()}
     count = int(parameters["evaluations"])
     require(count > 0, "evaluations", count, "must be a positive integer")
     require(parameters["budget"] in ("tokens", "flops"), "budget", parameters["budget"], "use tokens or flops")
-    config = train.Config(**values, num_iterations=count)
-    per_token = train.flops_per_token(config) if parameters["budget"] == "flops" else 1
+    config = config_class(**values, num_iterations=count)
+    per_token = train.flops_per_token(config, model) if parameters["budget"] == "flops" else 1
     step = config.total_batch_size * config.seq_len * per_token
     every = max(1, round(parameters["budget_size"] / step / count))
     derived = {"num_iterations": every * count, "eval_every": every, "sample_every": 0, "save_every": 0, "keep": 1}
     return dataclasses.replace(config, **derived)
+
+
+def config_class_of(parameters):
+    """The Config class of a sweep's model with its optimizer."""
+    model, optimizer = train.model_named(parameters["model"]), train.optimizer_named(parameters["optimizer"])
+    return config_with(model.config, optimizer.settings)
 
 
 def plain_value(value, kind):
@@ -405,7 +450,7 @@ def plain_value(value, kind):
 
 if LOOK:
     given = train.PRESETS["laptop"] | {"budget": "flops", "budget_size": 1e13, "evaluations": 5}
-    given = dataclasses.asdict(train.Config(**train.PRESETS["laptop"])) | given
+    given = dataclasses.asdict(train.Config(**train.PRESETS["laptop"])) | {"model": "gpt", "optimizer": "adamw"} | given
     lengths = {heads: trial_config(given | {"n_head": heads, "n_kv_head": 0}).num_iterations for heads in (2, 3, 4)}
     print("steps of equal FLOPs:", ", ".join(f"{steps} with {heads} heads" for heads, steps in lengths.items()))
 
@@ -479,7 +524,8 @@ def attempt(job, corpus):
     """Trains a Job's model; returns its Outcome, or raises what went wrong."""
     config = trial_config(job.parameters)
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
-    train.preflight(config)  # DoesNotFit comes before anything is on the device
+    model, optimizer = (train.model_named(job.parameters["model"]), train.optimizer_named(job.parameters["optimizer"]))
+    train.preflight(config, model=model, optimizer=optimizer)  # DoesNotFit comes before anything is on the device
     job.on_start(config)
     task = train.pretraining(config, corpus, tokenizer)
 
@@ -495,6 +541,7 @@ def attempt(job, corpus):
 
     # "owner": who has a trial is decided before, by its lease or by wandb, and not by the lock of its run.
     options = {"accept": ("owner",), "on_log": listen, "notes": {"trial": job.name}}
+    options |= {"model": model, "optimizer": optimizer}
     result = train.train(config, task._replace(batches=batches), job.run_dir, **options)
     job.on_evaluation(read_evaluations(job.run_dir))
     return Outcome("finished") if result.step == config.num_iterations else job.request.outcome
@@ -991,7 +1038,8 @@ def tabulate_trial(trial, sweep):
     with contextlib.suppress(ValueError, KeyError, TypeError):  # what could not be built has not trained
         config = trial_config(trial["parameters"])
         row["tokens"] = steps * config.total_batch_size * config.seq_len
-        row["flops"] = row["tokens"] * train.flops_per_token(config)
+        model = train.model_named(trial["parameters"]["model"])
+        row["flops"] = row["tokens"] * train.flops_per_token(config, model)
     values = {name: trial["parameters"].get(name) for name in swept_fields(sweep)}
     return {**row, **values, "reason": trial["reason"]}
 
@@ -1117,9 +1165,14 @@ def check_version(sweep, corpus, any_version):
 
 def open_sweep(overrides):
     """(backend, settings, corpus) from what the user set: creates the sweep or finds it, and checks it."""
-    given = parse_settings(Settings, Run, train.Config, overrides=overrides)
+    name = peek("model", overrides) or "gpt"
+    require(name in OPTIMIZER_OF, "model", name, f"use one of {', '.join(OPTIMIZER_OF)}")
+    chosen = peek("optimizer", overrides) or OPTIMIZER_OF[name]
+    model, optimizer = train.model_named(name), train.optimizer_named(chosen)
+    config_class = config_with(model.config, optimizer.settings)
+    given = parse_settings(Settings, Run, config_class, overrides=overrides)
     settings, asked, fields = Settings(**given[0]), Run(**given[1]), given[2]
-    run, config = settle(asked, train.Config, TRIALS, fields)
+    run, config = settle(asked, config_class, trial_presets(model, optimizer), fields)
     place, out = choose_place(settings, run), Path(run.out)
     os.environ.setdefault("WANDB_DIR", str(out))
     if settings.sweep:
@@ -1129,7 +1182,7 @@ def open_sweep(overrides):
         corpus = tok.get_corpus(asked.data or fixed["data"] or run.data, fixed["num_shards"])
     else:
         corpus = tok.get_corpus(run.data, run.num_shards)
-        sweep = make_sweep(settings, run, config, SPACES[run.preset], corpus)
+        sweep = make_sweep(settings, run, config, space_of(name, chosen, run.preset), corpus)
         check_sweep(sweep)
         folder = out / sweep["name"]
         if place == "wandb":
@@ -1145,11 +1198,12 @@ def describe_cost(backend):
     configs, cap = check_sweep(backend.sweep), backend.sweep.get("run_cap", 1000)
     line = f"sweep: {backend.folder}: {cap} trials of equal {constants(backend.sweep)['budget']} over "
     line += ", ".join(swept_fields(backend.sweep))
-    middle = configs[len(configs) // 2]
+    middle, known = configs[len(configs) // 2], constants(backend.sweep)
     if "TPU" not in jax.local_devices()[0].device_kind:
         return line
     try:
-        fit = train.preflight(middle)
+        parts = train.model_named(known["model"]), train.optimizer_named(known["optimizer"])
+        fit = train.preflight(middle, model=parts[0], optimizer=parts[1])
     except DoesNotFit as error:
         return f"{line}\nnot all of it fits this device: {error}"
     if not fit.step_seconds:
@@ -1194,7 +1248,12 @@ def show_results(backend):
     say(f"left in {backend.folder}: results.csv, results.png, and a folder for each trial")
     with contextlib.suppress(UserError):  # none has run to its end
         best = dataclasses.asdict(best_config(backend))
-        say(" ".join(["best: uv run 02_train.py", *(f"--{name} {best[name]}" for name in swept_fields(backend.sweep))]))
+        notebook = train.MODELS[constants(backend.sweep)["model"]].partition(".")[0]
+        say(
+            " ".join(
+                [f"best: uv run {notebook}.py", *(f"--{name} {best[name]}" for name in swept_fields(backend.sweep))]
+            )
+        )
     if isinstance(backend, WandbSweep):
         backend.record(rows, picture)
     show_picture(picture)

@@ -167,7 +167,8 @@ train = importlib.import_module("02_train")
 # 02 has one knob and derives the rest; here every size is written down, because each was chosen for the chip. A v6e
 # multiplies tiles of 256 x 256: a side of 1,100 takes as long as one of 1,280. So every side of every matrix is a
 # multiple of `tile`, and a head has 256 channels, where 02's 128 fill half of the unit in both products of attention.
-# What else training needs is inherited, with a few defaults of its own.
+# What else training needs is inherited, with a few defaults of its own. The laptop preset keeps the rule of tiles, with
+# two query heads on a single key/value head.
 
 
 # %%
@@ -202,6 +203,9 @@ class Config(train.TrainConfig):
 
 
 # %%
+SMALL = {"n_embd": 256, "n_layer": 4, "n_head": 2, "n_kv_head": 1, "head_dim": 256, "mlp_dim": 768}
+PRESETS = {"chip": {}, "gpu": train.PRESETS["gpu"], "laptop": train.PRESETS["laptop"] | SMALL}
+
 if LOOK:
     print(Config().sizes)
 
@@ -375,7 +379,7 @@ def read_qwen3(config, arrays):
 
 SWIGLU = train.GPT._replace(
     name="04_maxtext.SWIGLU", config=Config, weights=swiglu_weights, embed=swiglu_embed, block=swiglu_block,
-    read=read_qwen3,
+    read=read_qwen3, presets=PRESETS,
 )  # fmt: skip
 
 # %%
@@ -391,8 +395,7 @@ if LOOK:
 # %% [markdown]
 # ## Run
 #
-# As in 02: `OVERRIDES` or the command line, one run per set of settings, resumed when it is started again. The laptop
-# preset keeps the rule of tiles of 256, with two query heads on a single key/value head.
+# As in 02: `OVERRIDES` or the command line, one run per set of settings, resumed when it is started again.
 
 
 # %%
@@ -407,16 +410,12 @@ class CompareRun(Run):
         return self.compare != "no" and bool(self.compare or jax.default_backend() == "tpu")
 
 
-SMALL = {"n_embd": 256, "n_layer": 4, "n_head": 2, "n_kv_head": 1, "head_dim": 256, "mlp_dim": 768}
-PRESETS = {"chip": {}, "gpu": train.PRESETS["gpu"], "laptop": train.PRESETS["laptop"] | SMALL}
-
-
 # %%
 OVERRIDES = ""  # @param ["", "--preset laptop", "--compare v6e:1x1"] {allow-input: true}
 
 if __name__ == "__main__":
     prepare()
-    run, config, optimizer = train.choose_parts(SWIGLU, PRESETS, OVERRIDES, CompareRun)
+    run, config, optimizer = train.choose_parts(SWIGLU, OVERRIDES, CompareRun)
     print(train.describe_model(config, SWIGLU))
     if run.wants_table():
         print(compare_models(run.compare))

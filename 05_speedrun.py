@@ -246,6 +246,10 @@ class Config(train.TrainConfig):
     value_embeds: bool = setting(True, "a second embedding, added to the values of every other layer", fixed=True)
     smear: bool = setting(True, "mix the previous token's embedding into each", fixed=True)
     backout: bool = setting(True, "subtract the middle layer's stream before the head", fixed=True)
+    exclusive: bool = setting(False, "take a token's own value out of what it attends to", fixed=True)
+    pairs: int = setting(
+        0, "rows of a hashed embedding of token pairs, in vocabularies; 0: none", fixed=True, at_least=0
+    )
     lambdas: bool = setting(True, "learned weights of the stream and of the embedding in each layer", fixed=True)
     qk_scale: float = setting(1.2, "what normed queries and keys are multiplied by", fixed=True, above=0, at_most=2)
     fc_init: float = setting(
@@ -260,7 +264,14 @@ class Config(train.TrainConfig):
     n_layer = property(lambda self: self.depth)
     n_head = property(lambda self: self.n_embd // self.head_dim)
     mlp_dim = property(lambda self: 4 * self.n_embd)
-    sizes = property(lambda self: {**super(Config, self).sizes, "E": GATE_INPUTS, "S": SMEAR_INPUTS})
+    sizes = property(
+        lambda self: {
+            **super(Config, self).sizes,
+            "E": GATE_INPUTS,
+            "S": SMEAR_INPUTS,
+            "P": self.pairs * self.vocab_size,
+        }
+    )
 
     @property
     def windows(self):
@@ -330,6 +341,13 @@ def window_flops(config):
     return 6 * (config.scaling_params + smear) + 12 * config.n_embd * keys
 
 
+PRESETS = {
+    "chip": {},
+    "gpu": train.PRESETS["gpu"],
+    "laptop": {name: value for name, value in train.PRESETS["laptop"].items() if name != "n_head"} | {"depth": 4},
+}
+
+
 # %%
 if LOOK:
     for depth in (4, 12, 24):
@@ -376,6 +394,9 @@ def nanochat_weights(config):
     if config.lambdas:
         weights["resid_lambdas"] = Weight("L", line(1.15, 1.05), "scalar", "resid_lambdas")
         weights["x0_lambdas"] = Weight("L", line(0.2, 0.05), "scalar", "x0_lambdas")
+    if config.pairs:
+        weights["pair_embeds"] = Weight("P->D", constant(0.0), "embed", "pair_embeds")
+        weights["pair_lambdas"] = Weight("L", constant(0.2), "scalar", "x0_lambdas")
     if config.smear:
         weights["smear_gate"] = Weight("S->", gate, "attention", "smear")
         weights["smear_lambda"] = Weight("", constant(0.0), "scalar", "smear")
@@ -404,12 +425,33 @@ def gated_values(layer, tokens, x):
     return gate.astype(x.dtype)[..., None] * layer["value_embeds"][tokens]
 
 
+def attend_others(attend, q, k, v):
+    """attend's output (B, T, N, H) without its part along the token's own value."""
+    y, past = attend(q, k, v)
+    own = jnp.repeat(v, y.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
+    along = jnp.sum(y * own, -1, keepdims=True) / (jnp.sum(own * own, -1, keepdims=True) + 1e-6)
+    return (y - along * own).astype(y.dtype), past
+
+
+def pair_rows(config, params, tokens):
+    """EXPERIMENT"""
+    before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+    rows = (
+        tokens.astype(jnp.uint32) * jnp.uint32(2654435761) ^ before.astype(jnp.uint32) * jnp.uint32(40503)
+    ) % jnp.uint32(config.pairs * config.vocab_size)
+    return params["pair_embeds"][rows]
+
+
 def nanochat_block(config, params, i, streams, tokens, attend):
     """(the residual stream (B, T, D) after layer i, its part of the cache); the arguments are 02's."""
     layer, x = params["layers"][i], streams[-1]
+    if config.exclusive:
+        attend = functools.partial(attend_others, attend)
     with jax.named_scope(f"layer_{i}/attention"):
         if config.lambdas:
             x = train.mix(params["resid_lambdas"][i], x, params["x0_lambdas"][i], streams[0])
+        if config.pairs:
+            x = train.mix(1.0, x, params["pair_lambdas"][i], pair_rows(config, params, tokens))
         more_v = functools.partial(gated_values, layer, tokens) if "value_embeds" in layer else None
         y, past = train.attention_block(layer, x, attend, more_v)
         x = x + y
@@ -426,8 +468,9 @@ def nanochat_readout(config, params, streams):
 
 
 NANOCHAT = train.Model(
-    "05_speedrun.NANOCHAT", Config, nanochat_weights, nanochat_embed, nanochat_block, nanochat_readout
-)
+    "05_speedrun.NANOCHAT", Config, nanochat_weights, nanochat_embed, nanochat_block, nanochat_readout,
+    presets=PRESETS,
+)  # fmt: skip
 
 # %%
 if LOOK:
@@ -491,6 +534,7 @@ GROUPS = {
     "lm_head": Group("lm_head_lr", 0.8, 0.96, 0.01, by_width=True),
     "embed": Group("embed_lr", 0.8, 0.995, 0.001, by_width=True),
     "value_embeds": Group("value_embed_lr", 0.8, 0.995, 0.01, by_width=True),
+    "pair_embeds": Group("value_embed_lr", 0.8, 0.995, 0.01, by_width=True),
     "resid_lambdas": Group("resid_lr", 0.8, 0.95, 0.05),
     "x0_lambdas": Group("x0_lr", 0.96, 0.95, 0.0),
 }
@@ -672,11 +716,6 @@ if LOOK:
 # the square root of the batch are too low there by a factor of about four.
 
 # %%
-PRESETS = {
-    "chip": {},
-    "gpu": train.PRESETS["gpu"],
-    "laptop": {name: value for name, value in train.PRESETS["laptop"].items() if name != "n_head"} | {"depth": 4},
-}
 
 
 def describe_dial(config, weights):
@@ -702,7 +741,7 @@ OVERRIDES = ""  # @param ["", "--preset laptop", "--depth 8"] {allow-input: true
 
 if __name__ == "__main__":
     prepare()
-    run, config, optimizer = train.choose_parts(NANOCHAT, PRESETS, OVERRIDES, optimizer=MUON)
+    run, config, optimizer = train.choose_parts(NANOCHAT, OVERRIDES, optimizer=MUON)
     print(describe_dial(config, nanochat_weights(config)))
     print(train.describe_model(config, NANOCHAT))
     train.show_fit(config, run.preflight, NANOCHAT, optimizer=optimizer)

@@ -73,7 +73,10 @@ VARIANTS = {
     "no-warmup": Variant("no warm-up", {"warmup_steps": 1}),
     "momentum-0.95": Variant("momentum 0.95 throughout", {"momentum_start": 0.95, "beta1": 0.95, "momentum_end": 0.95}),
     "warmdown-0.5": Variant("warm-down over half of the run", {"warmdown_ratio": 0.5}),
+    "to-0": Variant("warm-down to 0", {"final_lr_frac": 0.0}),
     "warmdown-0.85-to-0": Variant("warm-down over 85 % of the run, to 0", {"warmdown_ratio": 0.85, "final_lr_frac": 0.0}),
+    "exclusive": Variant("attention without the token's own value", {"exclusive": True}),
+    "pairs": Variant("a hashed embedding of token pairs", {"pairs": 5}),
     "x1": Variant("rates as the dial has them", {"learning_rate": 1.0}),
     "x2": Variant("rates times 2", {"learning_rate": 2.0}),
     "x6": Variant("rates times 6", {"learning_rate": 6.0}),
@@ -83,7 +86,7 @@ VARIANTS = {
 
 def config_of(variant, depth, steps, seed, more):
     """A variant's Config at laptop scale; more: fields on top."""
-    presets = train.PRESETS if variant.model is train.GPT else speedrun.PRESETS
+    presets = variant.model.presets
     fields = presets["laptop"] | variant.optimizer.presets.get("laptop", {})
     fields |= {"n_head": depth} if variant.model is train.GPT else {"depth": depth}
     fields |= {"num_iterations": steps, "param_seed": seed} | variant.fields | more

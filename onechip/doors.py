@@ -22,6 +22,7 @@ class Model(NamedTuple):
     stream after the embedding and each layer so far; attend(q, k, v) -> (B, T, N, H) and the part of the cache.
     readout(config, params, streams) -> final hidden states (B, T, D), which lm_head multiplies.
     read(config, arrays) -> its parameters, by their flat names, from an export in another library's format.
+    presets: {preset: fields} that suit it, "laptop" say.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Model(NamedTuple):
     block: Callable
     readout: Callable
     read: Callable | None = None
+    presets: dict = {}
 
 
 class Optimizer(NamedTuple):

@@ -24,6 +24,7 @@ from conftest import ROOT
 from execute import TINY
 
 from onechip.checkpoints import newest_checkpoint
+from onechip.doors import config_with
 from onechip.errors import UserError, first_line
 from onechip.files import create_whole, read_json_or_none
 from onechip.fit import DoesNotFit
@@ -137,16 +138,33 @@ def test_every_listed_distribution_can_be_searched(corpus, tmp_path):
     assert {*specs, "int_uniform"} == set(worker.DISTRIBUTIONS)
 
 
-@pytest.mark.parametrize("preset", sorted(worker.TRIALS))
-def test_the_default_sweeps_can_be_created(corpus, preset):
-    """Every combination of extremes of each preset's space is a Config; the constants name commit and data."""
-    run = Run(preset=preset, data="offline", num_shards=1)
-    config = train.Config(**worker.TRIALS[preset])
-    sweep = worker.make_sweep(worker.Settings(), run, config, worker.SPACES[preset], corpus)
-    assert len(worker.check_sweep(sweep)) >= 96
-    assert set(worker.swept_fields(sweep)) == set(worker.SPACE)
+@pytest.mark.parametrize("preset", sorted(worker.SHORT))
+@pytest.mark.parametrize(
+    ("model", "optimizer", "swept"),
+    [
+        ("gpt", "adamw", set(worker.SPACE)),
+        ("gpt", "muon", {*worker.MUON_RATES, "n_head", "device_batch_size"}),
+        ("swiglu", "adamw", set(worker.SPACE) - {"n_head"}),
+        ("nanochat", "muon", {*worker.MUON_RATES, "depth", "device_batch_size"}),
+        ("nanochat", "adamw", {*worker.SPACE, "depth"} - {"n_head"}),
+    ],
+)
+def test_the_default_sweeps_can_be_created(corpus, preset, model, optimizer, swept):
+    """Every combination of extremes of each default space is a Config; the constants name model, commit and data."""
+    run = Run(preset=preset, data="offline", num_shards=1, optimizer=optimizer)
+    parts = train.model_named(model), train.optimizer_named(optimizer)
+    config = config_with(parts[0].config, parts[1].settings)(**worker.trial_presets(*parts)[preset])
+    space = worker.space_of(model, optimizer, preset)
+    sweep = worker.make_sweep(worker.Settings(model=model), run, config, space, corpus)
+    configs = worker.check_sweep(sweep)
+    assert len(configs) >= 32
+    assert set(worker.swept_fields(sweep)) == swept
     assert sweep["parameters"]["data_revision"] == {"value": corpus.revision}
     assert sweep["parameters"]["commit"] == {"value": git_commit() or ""}
+    assert (sweep["parameters"]["model"], sweep["parameters"]["optimizer"]) == ({"value": model}, {"value": optimizer})
+    if model == "nanochat":  # width, and with it the heads, follow the depth that is swept
+        assert {config.depth for config in configs} >= {min(worker.DEPTHS[preset]), max(worker.DEPTHS[preset])}
+        assert all(config.n_embd == 64 * config.depth and config.n_kv_head == config.n_head for config in configs)
 
 
 @pytest.mark.parametrize("budget", ["tokens", "flops"])
