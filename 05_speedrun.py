@@ -551,7 +551,7 @@ def batch_share(config):
     return config.total_batch_size * config.seq_len / REFERENCE_TOKENS
 
 
-def peak_rate(config, group):
+def group_rate(config, group):
     """A group's learning rate at the top of the schedule; group None: Muon's."""
     rate = getattr(config, group.rate if group else "matrix_lr")
     if group and group.by_width:
@@ -676,14 +676,14 @@ def muon_update(config, weights, params, state, grads, step, without=()):
             stacks.setdefault(matrix_shape(config, weight), []).append(i)
         else:
             group = GROUPS.get(weight.group, OTHERS)
-            p[i], m[i], v[i] = adam_step(config, group, p[i], m[i], v[i], g[i], share * peak_rate(config, group), step)
+            p[i], m[i], v[i] = adam_step(config, group, p[i], m[i], v[i], g[i], share * group_rate(config, group), step)
     for shape, members in stacks.items():
         nesterov = lambda i: m[i] if "nesterov" in without else momentum * m[i] + (1 - momentum) * g[i]
         side = (1, -1) if shape[1] >= shape[0] else (-1, 1)
         stack = lambda arrays, shape: jnp.stack([array.reshape(shape) for array in arrays])
         P, U = stack([p[i] for i in members], shape), stack([nesterov(i) for i in members], shape)
         V = stack([v[i] for i in members], side)
-        P, V = muon_step(config, P, U, V, share * peak_rate(config, None), decay, without)
+        P, V = muon_step(config, P, U, V, share * group_rate(config, None), decay, without)
         for row, i in enumerate(members):
             p[i], v[i] = P[row].reshape(p[i].shape), V[row].reshape(v[i].shape)
     unflatten = functools.partial(jax.tree.unflatten, treedef)
@@ -729,7 +729,7 @@ def describe_dial(config, weights):
     if isinstance(c, MuonSettings):
         factor = "" if c.learning_rate == 1 else f"by depth: {{:.3g}}, times {c.learning_rate:g} as set"
         for group in (None, *GROUPS.values(), OTHERS):
-            rate = peak_rate(c, group)
+            rate = group_rate(c, group)
             set_to = factor.format(rate / c.learning_rate) if group is not OTHERS else ""
             rows.append([group.rate if group else "matrix_lr", f"{rate:.3g}", set_to])
         rows.append(["weight_decay", f"{peak_decay(c, weights):.3g}", ""])

@@ -124,7 +124,7 @@ def find_part(what, name, folder, kind):
 
 
 def names_a_part(name):
-    """Whether a name has the form NOTEBOOK.CONSTANT, 04_maxtext.SWIGLU say."""
+    """Whether a name has the form NOTEBOOK.CONSTANT."""
     return bool(re.fullmatch(r"\d\d_[a-z0-9]+\.[A-Z][A-Z0-9_]*", str(name)))
 
 

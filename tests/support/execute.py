@@ -18,6 +18,8 @@ TINY = {
     "01_tokenizer": "--vocab_size 512",
     "02_train": _MODEL + "--eval_every 2 --aspect_ratio 16",
     "03_worker": _MODEL + _SWEEP + "--evaluations 2 --run_cap 2",
+    "05_speedrun": "--depth 2 --head_dim 16 --seq_len 64 --vocab_size 512 --device_batch_size 2 --total_batch_size 256 "
+    "--num_iterations 5 --eval_every 2",
     "04_maxtext": _MODEL + "--eval_every 2 --n_embd 48 --n_layer 2 --mlp_dim 80 --tile 16",
 }
 
