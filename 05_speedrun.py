@@ -663,13 +663,17 @@ def adam_step(config, group, p, m, v, g, rate, step):
     return p - rate * (direction + group.decay * p), m, v
 
 
-def muon_update(config, weights, params, state, grads, step, without=()):
-    """(parameters, moments) after 0-based step `step`; without: parts of Muon left out, for ablations."""
+def muon_update(config, weights, params, state, grads, step, without=(), precondition=None):
+    """(parameters, state) after 0-based step `step`; without: parts of Muon left out, for ablations.
+
+    precondition(config, G, U, bases, step) -> (U, bases) changes a stack's momenta before they are orthogonalized; what
+    it keeps of them is state["bases"], by the stack's shape.
+    """
     share = train.learning_rate_at(config, step) / config.learning_rate
     momentum, decay = momentum_at(config, step), decay_at(config, weights, step)
     kinds, treedef = jax.tree.flatten(weights)
     p, m, v, g = (jax.tree.leaves(tree) for tree in (params, state["mu"], state["nu"], grads))
-    stacks = {}
+    stacks, bases = {}, {}
     for i, weight in enumerate(kinds):
         if is_muons(weight):
             m[i] = momentum * m[i] + (1 - momentum) * g[i]
@@ -683,11 +687,14 @@ def muon_update(config, weights, params, state, grads, step, without=()):
         stack = lambda arrays, shape: jnp.stack([array.reshape(shape) for array in arrays])
         P, U = stack([p[i] for i in members], shape), stack([nesterov(i) for i in members], shape)
         V = stack([v[i] for i in members], side)
+        if precondition:
+            key, G = f"{shape[0]}x{shape[1]}", stack([g[i] for i in members], shape)
+            U, bases[key] = precondition(config, G, U, state["bases"][key], step)
         P, V = muon_step(config, P, U, V, share * group_rate(config, None), decay, without)
         for row, i in enumerate(members):
             p[i], v[i] = P[row].reshape(p[i].shape), V[row].reshape(v[i].shape)
     unflatten = functools.partial(jax.tree.unflatten, treedef)
-    return unflatten(p), {"mu": unflatten(m), "nu": unflatten(v)}
+    return unflatten(p), {"mu": unflatten(m), "nu": unflatten(v)} | ({"bases": bases} if precondition else {})
 
 
 MUON = train.Optimizer(

@@ -1,25 +1,30 @@
-"""How fast a model learns: variants of 05's recipe on the offline corpus, with seeds, as bits per byte with error bars.
+"""How fast a model learns: variants of 05's recipe on the offline corpus, as bits per byte with errors over seeds.
 
-    uv run bench/learning.py                                     the recipe and 02, 300 steps, three seeds: 20 minutes
-    uv run bench/learning.py recipe no-smear --seeds 1 2 3       named variants; --list prints all with what they are
-    uv run bench/learning.py --depth 6 --steps 1200 ...          another size or length
-    uv run bench/learning.py --only-show                         the table and picture of what is in the file
-    uv run bench/learning.py --v6e recipe no-smear               estimated ms of a v6e step at depth 12, compiled
+    uv run bench/learning.py                                   05's recipe and 02, 300 steps, three seeds
+    uv run bench/learning.py recipe no-smear --seeds 1 2 3     named variants; --list says what there is
+    uv run bench/learning.py --depth 3 --steps 1200 recipe     another size or length
+    uv run bench/learning.py recipe --name mine --set matrix_lr=0.03    any field of the Config
+    uv run bench/learning.py --v6e recipe no-smear             estimated time of a v6e step at depth 12, compiled
+    uv run bench/learning.py --show                            only the tables and the picture of what is in --out
 
-All variants see the same batches and are scored on the same held-out rows, those of 02 and 05; a seed draws other first
-weights. Every run is appended to --out as JSON lines as soon as it is scored, and is not repeated when it is there.
-An error is the standard error of the mean over seeds; a difference is taken seed by seed against the first variant.
+Depth 4 is the laptop preset: 256 channels, steps of 8 x 256 tokens. All variants see the same batches and are scored on
+the same held-out rows as 02 and 05; a seed draws other first weights. Each score is appended to --out as a JSON line,
+and a run that is in there is not repeated. An error is the standard error of the mean; a difference is taken seed by
+seed, against the recipe. `at equal time` adds what the compiler's estimate of a v6e step costs: a variant whose step
+takes r times as long could make 1 / r of the steps, and bits per byte fall by SLOPE for each factor of e in steps.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,8 +33,13 @@ speedrun = importlib.import_module("05_speedrun")
 tok = train.tok
 
 import jax
+import jax.numpy as jnp
+from matplotlib import pyplot
 
+from onechip.chips import GIB, topology_devices
 from onechip.doors import config_with
+from onechip.errors import report_in_one_line, require, say
+from onechip.fit import measure
 from onechip.machine import prepare
 from onechip.tables import table
 
@@ -42,7 +52,38 @@ class Variant:
     fields: dict = dataclasses.field(default_factory=dict)
     optimizer: train.Optimizer = speedrun.MUON
     model: train.Model = speedrun.NANOCHAT
-    task: Callable = train.pretraining
+
+
+def stack_shapes(config, weights):
+    """{(in, out): how many} of Muon's matrices."""
+    return collections.Counter(
+        speedrun.matrix_shape(config, w) for w in jax.tree.leaves(weights) if speedrun.is_muons(w)
+    )
+
+
+def soap_init(config, weights, params):
+    """Muon's state, and for each stack the shorter side's second moment, its eigenbasis, and Adam's second moment."""
+    bases = {}
+    for shape, count in stack_shapes(config, weights).items():
+        side, other = min(shape), max(shape)
+        eye = jnp.broadcast_to(jnp.eye(side), (count, side, side))
+        bases[f"{shape[0]}x{shape[1]}"] = {"L": 0 * eye, "Q": eye, "V": jnp.zeros((count, side, other))}
+    return speedrun.muon_init(config, weights, params) | {"bases": bases}
+
+
+def soap(config, G, U, bases, step, decay=0.95, every=1):
+    """SOAP (Vyas et al., 2024, arXiv 2409.11321) on the shorter side: Adam in the eigenbasis of the gradients."""
+    flip = G.shape[1] > G.shape[2]
+    G, U = (G.mT, U.mT) if flip else (G, U)
+    L = decay * bases["L"] + (1 - decay) * G @ G.mT
+    Q = jnp.linalg.qr(L @ bases["Q"])[0]  # a step of subspace iteration from the last basis
+    turned = Q.mT @ G
+    V = decay * bases["V"] + (1 - decay) * turned * turned
+    U = Q @ ((Q.mT @ U) / (jnp.sqrt(V / (1 - decay ** (step + 1.0))) + 1e-8))
+    return U.mT if flip else U, {"L": L, "Q": Q, "V": V}
+
+
+SOAP = speedrun.MUON._replace(init=soap_init, update=functools.partial(speedrun.muon_update, precondition=soap))
 
 
 def without(*parts):
@@ -74,9 +115,13 @@ VARIANTS = {
     "momentum-0.95": Variant("momentum 0.95 throughout", {"momentum_start": 0.95, "beta1": 0.95, "momentum_end": 0.95}),
     "warmdown-0.5": Variant("warm-down over half of the run", {"warmdown_ratio": 0.5}),
     "to-0": Variant("warm-down to 0", {"final_lr_frac": 0.0}),
-    "warmdown-0.85-to-0": Variant("warm-down over 85 % of the run, to 0", {"warmdown_ratio": 0.85, "final_lr_frac": 0.0}),
+    "warmdown-0.85-to-0": Variant(
+        "warm-down over 85 % of the run, to 0", {"warmdown_ratio": 0.85, "final_lr_frac": 0.0}
+    ),
     "exclusive": Variant("attention without the token's own value", {"exclusive": True}),
     "pairs": Variant("a hashed embedding of token pairs", {"pairs": 5}),
+    "soap": Variant("SOAP on the shorter side before Muon", optimizer=SOAP),
+    "warmup-10": Variant("10 steps of warm-up", {"warmup_steps": 10}),
     "x1": Variant("rates as the dial has them", {"learning_rate": 1.0}),
     "x2": Variant("rates times 2", {"learning_rate": 2.0}),
     "x6": Variant("rates times 6", {"learning_rate": 6.0}),
@@ -84,19 +129,21 @@ VARIANTS = {
 }
 
 
+SLOPE = 0.287  # bits per byte a factor of e in steps, between 300 and 1,200 steps of the recipe (LOG.md)
+
+
 def config_of(variant, depth, steps, seed, more):
     """A variant's Config at laptop scale; more: fields on top."""
-    presets = variant.model.presets
-    fields = presets["laptop"] | variant.optimizer.presets.get("laptop", {})
-    fields |= {"n_head": depth} if variant.model is train.GPT else {"depth": depth}
-    fields |= {"num_iterations": steps, "param_seed": seed} | variant.fields | more
-    return config_with(variant.model.config, variant.optimizer.settings)(**fields)
+    size = {"n_head": depth} if variant.model is train.GPT else {"depth": depth}
+    fields = train.presets_of(variant.model, variant.optimizer)["laptop"] | size | variant.fields | more
+    config_class = config_with(variant.model.config, variant.optimizer.settings)
+    return config_class(**fields, **{"num_iterations": steps, "param_seed": seed})
 
 
 def learn(variant, config, corpus, tokenizer, every):
-    """Trains a variant; yields {"step", "bpb", "loss", "seconds"} after every `every` steps and at the end."""
+    """Trains a variant; yields {"step", "bpb", "loss", "seconds"} after every `every` steps and after the last."""
     mesh = train.make_mesh()
-    task = variant.task(config, corpus, tokenizer)
+    task = train.pretraining(config, corpus, tokenizer)
     state = train.init_state(config, mesh, variant.model, variant.optimizer)
     step = train.make_train_step(config, mesh, variant.model, variant.optimizer, task.loss)
     score = task.score(config, variant.model, mesh)
@@ -105,75 +152,136 @@ def learn(variant, config, corpus, tokenizer, every):
         state, metrics = step(state, batch)
         if i % every == 0 or i == config.num_iterations:
             loss = float(metrics["loss"])
-            params = variant.optimizer.result(config, state["params"], state["opt"]) if hasattr(variant.optimizer, "result") else state["params"]
-            yield {"step": i, "bpb": score(params)["val_bpb"], "loss": loss, "seconds": time.perf_counter() - start}
+            yield {
+                "step": i,
+                "bpb": score(state["params"])["val_bpb"],
+                "loss": loss,
+                "seconds": time.perf_counter() - start,
+            }
+
+
+def estimate(variant, more):
+    """{"ms", "gib"}: a variant's step at depth 12 (02: 12 layers of 768 channels) as the v6e compiler estimates it."""
+    mesh = train.make_mesh(topology_devices("v6e:1x1"))
+    config_class = config_with(variant.model.config, variant.optimizer.settings)
+    is_gpt = variant.model is train.GPT
+    size = {"n_head": 6, "total_batch_size": 256} if is_gpt else {"depth": 12}
+    rates = {"learning_rate": 1.0} if "learning_rate" in variant.fields else {}
+    config = config_class(**size | variant.fields | rates | more)
+    fit = measure(train.workload(mesh, variant.model, variant.optimizer), config)
+    return {"ms": 1e3 * fit.step_seconds, "gib": fit.peak_bytes / GIB}
 
 
 def read_rows(path):
+    """All rows of a file of results, oldest first."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def final_scores(rows, depth, steps):
     """{variant: {seed: bits per byte after the last step}}."""
-    found = {}
+    found = collections.defaultdict(dict)
     for row in rows:
-        if (row["depth"], row["steps"], row["step"]) == (depth, steps, steps):
-            found.setdefault(row["variant"], {})[row["seed"]] = row["bpb"]
+        if "bpb" in row and (row["depth"], row["steps"], row["step"]) == (depth, steps, steps):
+            found[row["variant"]][row["seed"]] = row["bpb"]
     return found
 
 
 def mean_and_error(values):
-    """Mean and its standard error, as text."""
+    """Mean and its standard error, as text; one value has no error."""
     if len(values) < 2:
-        return f"{values[0]:.4f}"
+        return "".join(f"{value:.4f}" for value in values)
     return f"{statistics.mean(values):.4f} +- {statistics.stdev(values) / len(values) ** 0.5:.4f}"
 
 
 def show(rows, depth, steps):
-    """The table of final scores, the first variant being what others are compared with."""
-    scores = final_scores(rows, depth, steps)
-    if not scores:
-        return f"no finished run of depth {depth} and {steps} steps"
-    base = scores.get("recipe") or next(iter(scores.values()))
+    """The table of one size and length, best first."""
+    scores, base = final_scores(rows, depth, steps), final_scores(rows, depth, steps)["recipe"]
+    ms = {row["variant"]: row["ms"] for row in rows if "ms" in row}
     lines = []
     for name, by_seed in sorted(scores.items(), key=lambda item: statistics.mean(item[1].values())):
-        shared = [by_seed[seed] - base[seed] for seed in by_seed if seed in base]
-        lines.append([name, mean_and_error(list(by_seed.values())), mean_and_error(shared) if shared else "",
-                      str(len(by_seed)), VARIANTS[name].about if name in VARIANTS else ""])  # fmt: skip
-    return table(lines, [f"depth {depth}, {steps} steps", "bits per byte", "against recipe", "seeds", ""], "<20 >17 >18 >5 <0")
+        differences = [score - base[seed] for seed, score in by_seed.items() if seed in base]
+        at_equal_time = ""
+        if {name, "recipe"} <= set(ms) and differences:
+            at_equal_time = f"{statistics.mean(differences) + SLOPE * math.log(ms[name] / ms['recipe']):+.4f}"
+        about = VARIANTS[name].about if name in VARIANTS else ""
+        cells = [mean_and_error(list(by_seed.values())), mean_and_error(differences), f"{len(by_seed)}"]
+        lines.append([name, *cells, f"{ms[name]:.0f}" if name in ms else "", at_equal_time, about])
+    heads = [f"depth {depth}, {steps} steps", "bits per byte", "difference", "seeds", "v6e ms", "at equal time", ""]
+    return table(lines, heads, "<20 >17 >17 >5 >6 >13 <0")
 
 
-def main():
+def draw(rows, path):
+    """A picture of all learning curves: bits per byte by step, the mean over seeds."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    curves = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in rows:
+        if "bpb" in row:
+            curves[row["variant"], row["depth"], row["steps"]][row["step"]].append(row["bpb"])
+    for (name, depth, steps), curve in sorted(curves.items()):
+        points = sorted(curve)
+        means = [statistics.mean(curve[step]) for step in points]
+        axes.plot(points, means, marker="o", label=f"{name}, depth {depth}, {steps} steps")
+    axes.set(xlabel="steps of 2,048 tokens", ylabel="bits per byte, held out", xscale="log")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def parse():
+    """The command line; UserError for a variant that is not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["recipe", "02"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--every", type=int, default=100)
+    parser.add_argument("--every", type=int, default=100, help="steps between scores")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--name", default="", help="of a variant with --set")
+    parser.add_argument("--name", default="", help="what to call a variant with --set")
     parser.add_argument("--out", type=Path, default=Path("runs/learning.jsonl"))
-    parser.add_argument("--only-show", action="store_true")
+    for flag in ("list", "show", "v6e"):
+        parser.add_argument(f"--{flag}", action="store_true")
     args = parser.parse_args()
+    unknown = [name for name in args.variants if name not in VARIANTS]
+    require(not unknown, "variant", " ".join(unknown), f"use {', '.join(VARIANTS)}")
+    require(not args.set or (args.name and len(args.variants) == 1), "--set", args.set, "give one variant and a --name")
+    return args
+
+
+def run(args, more):
+    """Yields the rows of all runs that were asked for and are not there yet."""
+    corpus, wanted = tok.get_corpus("offline", 0), itertools.product(args.seeds, args.variants)
+    for seed, name in wanted:
+        label = args.name or name
+        if seed in final_scores(read_rows(args.out), args.depth, args.steps)[label]:
+            continue
+        config = config_of(VARIANTS[name], args.depth, args.steps, seed, more)
+        tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
+        for row in learn(VARIANTS[name], config, corpus, tokenizer, args.every):
+            say(f"{label}, seed {seed}: step {row['step']}: {row['bpb']:.4f} bits per byte, {row['seconds']:.0f} s")
+            yield {"variant": label, "depth": args.depth, "steps": args.steps, "seed": seed, **row, "set": more}
+
+
+def main():
+    args = parse()
+    if args.list:
+        print(table([[name, variant.about] for name, variant in VARIANTS.items()]))
+        return
     prepare()
-    more = {k: json.loads(v) for k, v in (pair.split("=") for pair in args.set)}
-    corpus = tok.get_corpus("offline", 0)
-    for seed in args.seeds:
-        for name in [] if args.only_show else args.variants:
-            label = args.name or name
-            if seed in final_scores(read_rows(args.out), args.depth, args.steps).get(label, {}):
-                continue
-            variant = VARIANTS[name]
-            config = config_of(variant, args.depth, args.steps, seed, more)
-            tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
-            for row in learn(variant, config, corpus, tokenizer, args.every):
-                row = {"variant": label, "depth": args.depth, "steps": args.steps, "seed": seed, **row, "set": more}
-                print(f"{label} seed {seed}: step {row['step']}: {row['bpb']:.4f} ({row['seconds']:.0f} s)", flush=True)
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                with args.out.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
-    print(show(read_rows(args.out), args.depth, args.steps))
+    more = {name: json.loads(value) for name, value in (pair.split("=") for pair in args.set)}
+    rows = run(args, more)
+    if args.v6e:
+        rows = ({"variant": args.name or name, **estimate(VARIANTS[name], more)} for name in args.variants)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for row in [] if args.show else rows:
+        if args.v6e:
+            say(f"{row['variant']}: {row['ms']:.1f} ms a step of 2^19 tokens, {row['gib']:.2f} GiB, estimated")
+        with args.out.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+    known = read_rows(args.out)
+    for depth, steps in sorted({(row["depth"], row["steps"]) for row in known if "bpb" in row}):
+        print(show(known, depth, steps), end="\n\n")
+    draw(known, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
+    report_in_one_line()
     main()
