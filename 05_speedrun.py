@@ -27,7 +27,7 @@
 # | where | model | time | memory | cost |
 # |---|---|---|---|---|
 # | laptop, two cores, no network | depth 4: 11M parameters, Python's own sources | 2 minutes | under 2 GB | nothing |
-# | Colab, TPU v6e | depth 12: 286M parameters, FineWeb-Edu | about an hour by estimate | under 31.25 GiB | compute units |
+# | Colab, TPU v6e | depth 12: 286M parameters, FineWeb-Edu | an hour by estimate | under 31.25 GiB | compute units |
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
@@ -247,9 +247,6 @@ class Config(train.TrainConfig):
     smear: bool = setting(True, "mix the previous token's embedding into each", fixed=True)
     backout: bool = setting(True, "subtract the middle layer's stream before the head", fixed=True)
     exclusive: bool = setting(False, "take a token's own value out of what it attends to", fixed=True)
-    pairs: int = setting(
-        0, "rows of a hashed embedding of token pairs, in vocabularies; 0: none", fixed=True, at_least=0
-    )
     lambdas: bool = setting(True, "learned weights of the stream and of the embedding in each layer", fixed=True)
     qk_scale: float = setting(1.2, "what normed queries and keys are multiplied by", fixed=True, above=0, at_most=2)
     fc_init: float = setting(
@@ -264,14 +261,7 @@ class Config(train.TrainConfig):
     n_layer = property(lambda self: self.depth)
     n_head = property(lambda self: self.n_embd // self.head_dim)
     mlp_dim = property(lambda self: 4 * self.n_embd)
-    sizes = property(
-        lambda self: {
-            **super(Config, self).sizes,
-            "E": GATE_INPUTS,
-            "S": SMEAR_INPUTS,
-            "P": self.pairs * self.vocab_size,
-        }
-    )
+    sizes = property(lambda self: {**super(Config, self).sizes, "E": GATE_INPUTS, "S": SMEAR_INPUTS})
 
     @property
     def windows(self):
@@ -302,7 +292,8 @@ class Config(train.TrainConfig):
 
     def check_sizes(self):
         """Raises UserError unless there is a whole number of heads."""
-        require(self.n_embd % self.head_dim == 0, "n_embd", self.n_embd, f"must be a multiple of {self.head_dim=}")
+        heads = f"must be a multiple of head_dim={self.head_dim}"
+        require(self.n_embd % self.head_dim == 0, "n_embd", self.n_embd, heads)
         inputs = max(GATE_INPUTS * self.value_embeds, SMEAR_INPUTS * self.smear)
         require(self.n_embd >= inputs, "n_embd", self.n_embd, f"the gates read {inputs} channels")
 
@@ -394,9 +385,6 @@ def nanochat_weights(config):
     if config.lambdas:
         weights["resid_lambdas"] = Weight("L", line(1.15, 1.05), "scalar", "resid_lambdas")
         weights["x0_lambdas"] = Weight("L", line(0.2, 0.05), "scalar", "x0_lambdas")
-    if config.pairs:
-        weights["pair_embeds"] = Weight("P->D", constant(0.0), "embed", "pair_embeds")
-        weights["pair_lambdas"] = Weight("L", constant(0.2), "scalar", "x0_lambdas")
     if config.smear:
         weights["smear_gate"] = Weight("S->", gate, "attention", "smear")
         weights["smear_lambda"] = Weight("", constant(0.0), "scalar", "smear")
@@ -433,15 +421,6 @@ def attend_others(attend, q, k, v):
     return (y - along * own).astype(y.dtype), past
 
 
-def pair_rows(config, params, tokens):
-    """EXPERIMENT"""
-    before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
-    rows = (
-        tokens.astype(jnp.uint32) * jnp.uint32(2654435761) ^ before.astype(jnp.uint32) * jnp.uint32(40503)
-    ) % jnp.uint32(config.pairs * config.vocab_size)
-    return params["pair_embeds"][rows]
-
-
 def nanochat_block(config, params, i, streams, tokens, attend):
     """(the residual stream (B, T, D) after layer i, its part of the cache); the arguments are 02's."""
     layer, x = params["layers"][i], streams[-1]
@@ -450,8 +429,6 @@ def nanochat_block(config, params, i, streams, tokens, attend):
     with jax.named_scope(f"layer_{i}/attention"):
         if config.lambdas:
             x = train.mix(params["resid_lambdas"][i], x, params["x0_lambdas"][i], streams[0])
-        if config.pairs:
-            x = train.mix(1.0, x, params["pair_lambdas"][i], pair_rows(config, params, tokens))
         more_v = functools.partial(gated_values, layer, tokens) if "value_embeds" in layer else None
         y, past = train.attention_block(layer, x, attend, more_v)
         x = x + y
@@ -534,7 +511,6 @@ GROUPS = {
     "lm_head": Group("lm_head_lr", 0.8, 0.96, 0.01, by_width=True),
     "embed": Group("embed_lr", 0.8, 0.995, 0.001, by_width=True),
     "value_embeds": Group("value_embed_lr", 0.8, 0.995, 0.01, by_width=True),
-    "pair_embeds": Group("value_embed_lr", 0.8, 0.995, 0.01, by_width=True),
     "resid_lambdas": Group("resid_lr", 0.8, 0.95, 0.05),
     "x0_lambdas": Group("x0_lr", 0.96, 0.95, 0.0),
 }
@@ -594,8 +570,8 @@ if LOOK:
         print(f"step {step}: rates times {share:.3f}, momentum {momentum_at(c, step):.3f}")
 
 # %% [markdown]
-# The state is AdamW's, first and second moments; of a matrix of Muon's the second is one number an output, or an input
-# where those are fewer... whichever is the longer side.
+# The state is AdamW's, a first and a second moment of each weight; of a matrix of Muon's the second is one number for
+# each output, or for each input where there are more of those.
 
 
 # %%

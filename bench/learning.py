@@ -15,6 +15,7 @@ takes r times as long could make 1 / r of the steps, and bits per byte fall by S
 """
 
 import argparse
+import bisect
 import collections
 import dataclasses
 import functools
@@ -25,6 +26,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -34,6 +36,7 @@ tok = train.tok
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from matplotlib import pyplot
 
 from onechip.chips import GIB, topology_devices
@@ -52,6 +55,7 @@ class Variant:
     fields: dict = dataclasses.field(default_factory=dict)
     optimizer: train.Optimizer = speedrun.MUON
     model: train.Model = speedrun.NANOCHAT
+    task: Callable = train.pretraining
 
 
 def stack_shapes(config, weights):
@@ -84,6 +88,43 @@ def soap(config, G, U, bases, step, decay=0.95, every=1):
 
 
 SOAP = speedrun.MUON._replace(init=soap_init, update=functools.partial(speedrun.muon_update, precondition=soap))
+
+
+def endless_documents(corpus, tokenizer):
+    """Yields each document's tokens, <|bos|> first, again and again."""
+    while True:
+        for _, text in tok.read_documents(corpus.train):
+            yield tok.encode_batch(tokenizer, [text])[0]
+
+
+def best_fit_rows(documents, length, held=1000):
+    """Yields rows (length,) that begin with a document, filled from `held` documents by the largest that fits.
+
+    Where none fits, the shortest is cut to the room that is left and its rest is dropped, as nanochat packs.
+    """
+    waiting, serial = [], itertools.count()
+    while True:
+        row = []
+        while len(row) < length:
+            while len(waiting) < held:
+                ids = next(documents)
+                bisect.insort(waiting, (len(ids), next(serial), ids))
+            room = length - len(row)
+            fits = bisect.bisect_right(waiting, (room, math.inf)) - 1
+            row += waiting.pop(max(fits, 0))[2][:room]
+        yield np.asarray(row, np.int32)
+
+
+def best_fit(config, corpus, tokenizer):
+    """Pretraining on rows of whole documents instead of one stream."""
+
+    def batches(position):
+        rows = best_fit_rows(endless_documents(corpus, tokenizer), config.seq_len + 1)
+        while True:
+            tokens = np.stack(list(itertools.islice(rows, config.total_batch_size)))
+            yield {"x": tokens[:, :-1], "y": tokens[:, 1:]}, None
+
+    return train.pretraining(config, corpus, tokenizer)._replace(batches=batches)
 
 
 def without(*parts):
@@ -119,7 +160,7 @@ VARIANTS = {
         "warm-down over 85 % of the run, to 0", {"warmdown_ratio": 0.85, "final_lr_frac": 0.0}
     ),
     "exclusive": Variant("attention without the token's own value", {"exclusive": True}),
-    "pairs": Variant("a hashed embedding of token pairs", {"pairs": 5}),
+    "best-fit": Variant("rows that begin with a document, packed by best fit", task=best_fit),
     "soap": Variant("SOAP on the shorter side before Muon", optimizer=SOAP),
     "warmup-10": Variant("10 steps of warm-up", {"warmup_steps": 10}),
     "x1": Variant("rates as the dial has them", {"learning_rate": 1.0}),
@@ -140,24 +181,25 @@ def config_of(variant, depth, steps, seed, more):
     return config_class(**fields, **{"num_iterations": steps, "param_seed": seed})
 
 
-def learn(variant, config, corpus, tokenizer, every):
-    """Trains a variant; yields {"step", "bpb", "loss", "seconds"} after every `every` steps and after the last."""
+def learn(variant, config, corpus, tokenizer, every, decays=()):
+    """Trains a variant; yields {"step", "bpb", "seconds"} after every `every` steps and after the last.
+
+    decays: of running averages of the weights over the whole run, which are scored at the end: {"average": decay, ...}.
+    """
     mesh = train.make_mesh()
-    task = train.pretraining(config, corpus, tokenizer)
+    task = variant.task(config, corpus, tokenizer)
     state = train.init_state(config, mesh, variant.model, variant.optimizer)
     step = train.make_train_step(config, mesh, variant.model, variant.optimizer, task.loss)
-    score = task.score(config, variant.model, mesh)
-    start = time.perf_counter()
+    score, start = task.score(config, variant.model, mesh), time.perf_counter()
+    averages = {decay: jax.tree.map(jnp.copy, state["params"]) for decay in decays}
+    blend = jax.jit(lambda a, p, d: jax.tree.map(lambda a, p: d * a + (1 - d) * p, a, p), donate_argnums=0)
+    row = lambda params: {"bpb": score(params)["val_bpb"], "seconds": time.perf_counter() - start}
     for i, (batch, _) in zip(range(1, config.num_iterations + 1), task.batches(None), strict=False):
-        state, metrics = step(state, batch)
+        state, _ = step(state, batch)
+        averages = {decay: blend(average, state["params"], decay) for decay, average in averages.items()}
         if i % every == 0 or i == config.num_iterations:
-            loss = float(metrics["loss"])
-            yield {
-                "step": i,
-                "bpb": score(state["params"])["val_bpb"],
-                "loss": loss,
-                "seconds": time.perf_counter() - start,
-            }
+            yield {"step": i, **row(state["params"])}
+    yield from ({"step": i, "average": decay, **row(average)} for decay, average in averages.items())
 
 
 def estimate(variant, more):
@@ -237,6 +279,7 @@ def parse():
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--name", default="", help="what to call a variant with --set")
     parser.add_argument("--out", type=Path, default=Path("runs/learning.jsonl"))
+    parser.add_argument("--average", type=float, nargs="*", default=[], help="decays of running averages to score too")
     for flag in ("list", "show", "v6e"):
         parser.add_argument(f"--{flag}", action="store_true")
     args = parser.parse_args()
@@ -255,9 +298,10 @@ def run(args, more):
             continue
         config = config_of(VARIANTS[name], args.depth, args.steps, seed, more)
         tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
-        for row in learn(VARIANTS[name], config, corpus, tokenizer, args.every):
-            say(f"{label}, seed {seed}: step {row['step']}: {row['bpb']:.4f} bits per byte, {row['seconds']:.0f} s")
-            yield {"variant": label, "depth": args.depth, "steps": args.steps, "seed": seed, **row, "set": more}
+        for row in learn(VARIANTS[name], config, corpus, tokenizer, args.every, args.average):
+            named = f"{label}-average-{row['average']}" if "average" in row else label
+            say(f"{named}, seed {seed}: step {row['step']}: {row['bpb']:.4f} bits per byte, {row['seconds']:.0f} s")
+            yield {"variant": named, "depth": args.depth, "steps": args.steps, "seed": seed, **row, "set": more}
 
 
 def main():
