@@ -204,7 +204,17 @@ from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
 from onechip.session import Session
 from onechip.settings import Run, check_fields, choose, peek, setting
-from onechip.weights import Weight, cast_weights, constant, count_by_kind, draw_weights, normal, place_like, uniform
+from onechip.weights import (
+    Weight,
+    cast_weights,
+    constant,
+    count_by_kind,
+    draw_weights,
+    normal,
+    place_like,
+    uniform,
+    weight_shapes,
+)
 
 tok = importlib.import_module("01_tokenizer")
 
@@ -986,9 +996,11 @@ def workload(mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, batch=TOKEN_B
     """What fit.py has to know of a training step on a mesh: how to lower it, and what it counts."""
 
     def count(config):
-        size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        state = state_shapes(config, mesh, model, optimizer)
-        return {"params": count_params(config, model)["total"], "state_bytes": size(state["opt"])}
+        weights = model.weights(config)
+        init = functools.partial(optimizer.init, config, weights)
+        state = jax.tree.leaves(jax.eval_shape(init, weight_shapes(config, weights)))
+        state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+        return {"params": count_params(config, model)["total"], "state_bytes": state_bytes}
 
     return fit.Workload(
         mesh=mesh,
