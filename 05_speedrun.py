@@ -246,7 +246,6 @@ class Config(train.TrainConfig):
     value_embeds: bool = setting(True, "a second embedding, added to the values of every other layer", fixed=True)
     smear: bool = setting(True, "mix the previous token's embedding into each", fixed=True)
     backout: bool = setting(True, "subtract the middle layer's stream before the head", fixed=True)
-    exclusive: bool = setting(False, "take a token's own value out of what it attends to", fixed=True)
     lambdas: bool = setting(True, "learned weights of the stream and of the embedding in each layer", fixed=True)
     qk_scale: float = setting(1.2, "what normed queries and keys are multiplied by", fixed=True, above=0, at_most=2)
     fc_init: float = setting(
@@ -414,19 +413,9 @@ def gated_values(layer, tokens, x):
     return gate.astype(x.dtype)[..., None] * layer["value_embeds"][tokens]
 
 
-def attend_others(attend, q, k, v):
-    """attend's output (B, T, N, H) without its part along the token's own value."""
-    y, past = attend(q, k, v)
-    own = jnp.repeat(v, y.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
-    along = jnp.sum(y * own, -1, keepdims=True) / (jnp.sum(own * own, -1, keepdims=True) + 1e-6)
-    return (y - along * own).astype(y.dtype), past
-
-
 def nanochat_block(config, params, i, streams, tokens, attend):
     """(the residual stream (B, T, D) after layer i, its part of the cache); the arguments are 02's."""
     layer, x = params["layers"][i], streams[-1]
-    if config.exclusive:
-        attend = functools.partial(attend_others, attend)
     with jax.named_scope(f"layer_{i}/attention"):
         if config.lambdas:
             x = train.mix(params["resid_lambdas"][i], x, params["x0_lambdas"][i], streams[0])

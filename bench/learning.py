@@ -159,7 +159,6 @@ VARIANTS = {
     "warmdown-0.85-to-0": Variant(
         "warm-down over 85 % of the run, to 0", {"warmdown_ratio": 0.85, "final_lr_frac": 0.0}
     ),
-    "exclusive": Variant("attention without the token's own value", {"exclusive": True}),
     "best-fit": Variant("rows that begin with a document, packed by best fit", task=best_fit),
     "soap": Variant("SOAP on the shorter side before Muon", optimizer=SOAP),
     "warmup-10": Variant("10 steps of warm-up", {"warmup_steps": 10}),
