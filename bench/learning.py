@@ -136,7 +136,7 @@ VARIANTS = {
     "recipe": Variant("05 as it is"),
     "02": Variant("02: its model, AdamW at its default rate", {}, train.ADAMW, train.GPT),
     "02-6e-3": Variant("02 at the best of its rates", {"learning_rate": 6e-3}, train.ADAMW, train.GPT),
-    "02-muon": Variant("02's model with Muon", {"learning_rate": 4.0}, speedrun.MUON, train.GPT),
+    "02-muon": Variant("02's model with Muon", {}, speedrun.MUON, train.GPT),
     "adamw": Variant("05's model, all by AdamW", {"learning_rate": 6e-3}, train.ADAMW),
     "no-value-embeds": Variant("no value embeddings", {"value_embeds": False}),
     "no-smear": Variant("no smear", {"smear": False}),
@@ -161,11 +161,12 @@ VARIANTS = {
     ),
     "best-fit": Variant("rows that begin with a document, packed by best fit", task=best_fit),
     "soap": Variant("SOAP on the shorter side before Muon", optimizer=SOAP),
-    "warmup-10": Variant("10 steps of warm-up", {"warmup_steps": 10}),
+    "warmup-40": Variant("40 steps of warm-up", {"warmup_steps": 40}),
     "x1": Variant("rates as the dial has them", {"learning_rate": 1.0}),
+    "x4-warmup-40": Variant("rates times 4, 40 steps of warm-up", {"learning_rate": 4.0, "warmup_steps": 40}),
     "x2": Variant("rates times 2", {"learning_rate": 2.0}),
+    "x12": Variant("rates times 12", {"learning_rate": 12.0}),
     "x6": Variant("rates times 6", {"learning_rate": 6.0}),
-    "x8": Variant("rates times 8", {"learning_rate": 8.0}),
 }
 
 
@@ -177,7 +178,7 @@ def config_of(variant, depth, steps, seed, more):
     size = {"n_head": depth} if variant.model is train.GPT else {"depth": depth}
     fields = train.presets_of(variant.model, variant.optimizer)["laptop"] | size | variant.fields | more
     config_class = config_with(variant.model.config, variant.optimizer.settings)
-    return config_class(**fields, **{"num_iterations": steps, "param_seed": seed})
+    return config_class(**fields | {"num_iterations": steps, "param_seed": seed})
 
 
 def learn(variant, config, corpus, tokenizer, every, decays=()):

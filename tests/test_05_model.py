@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import draw_params, full_compiler, quick_compiler, random_tokens  # noqa: F401  (fixtures)
+from configs import draw_params, quick_compiler, random_tokens  # noqa: F401  (a fixture for every test)
 from corpus import TINY as TINY_RUN
 from corpus import is_one_line, list_checkpoints, newest, read_rows, train_tiny
 from reference import distance, losses_of_logits, widen
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_the_float64_loss(batch, loss_and_grads):
                 leaf[...] = kept + sign * step * direction  # in place: it is an array of `wide`
                 ends.append(reference())
             leaf[...] = kept
-            slope, size = (ends[0] - ends[1]) / (2 * step), np.linalg.norm(grad)
+            slope, size = (ends[0] - ends[1]) / (2 * step), float(np.linalg.norm(grad))
             assert size > 1e-4, f"{path} is silent"
             assert np.sum(grad * direction) == pytest.approx(slope, abs=1e-4 * size), path
 
@@ -127,12 +127,11 @@ def test_the_gradient_is_that_of_the_other_attention(batch, loss_and_grads):
     assert distance(grads, loss_and_grads[1]) < 1e-5
 
 
-@pytest.mark.usefixtures("full_compiler")
 def test_the_kernels_take_windows_and_scale_as_they_are():
     """pallas on 256 tokens: 129 keys, scores times 1.44 / sqrt(128); loss and gradients are einsum's."""
-    fields = dict(depth=3, n_embd=256, head_dim=128, n_kv_head=1, seq_len=256, device_batch_size=1, total_batch_size=1)
+    fields = dict(depth=2, n_embd=256, head_dim=128, n_kv_head=1, seq_len=256, backout=False)
     configs = [replace(attn_impl=impl, **fields) for impl in ("einsum", "pallas")]
-    assert configs[1].windows == (129, 129, 256) and configs[1].score_scale == pytest.approx(1.44 / math.sqrt(128))
+    assert configs[1].windows == (129, 256) and configs[1].score_scale == pytest.approx(1.44 / math.sqrt(128))
     params, tokens = random_params(configs[0]), random_tokens(configs[0], 1, 257)
     batch = {"x": tokens[:, :-1], "y": tokens[:, 1:]}
     results = [jax.device_get(compiled_loss(config)(params, batch)) for config in configs]
@@ -189,14 +188,10 @@ def test_a_part_that_is_off_has_no_weights_and_no_effect(part):
     assert distance(compiled_forward(config)(left, tokens), want) < 5e-6
 
 
-@pytest.mark.parametrize(
-    "fields, reference", [({"qk_scale": 1.0}, {"sharpness": 1.0}), ({"exclusive": True}, {"exclusive": True})], ids=str
-)
-def test_a_setting_without_weights_changes_the_float64_model_alike(fields, reference):
-    """Sharper attention off, or attention without the token's own value: the same weights, other logits."""
-    config, params, tokens = replace(**fields), random_params(SMALL), random_tokens(SMALL, B, T)
-    assert speedrun.nanochat_weights(config).keys() == speedrun.nanochat_weights(SMALL).keys()
-    want = nanochat_logits(widen(params), tokens, CONTEXT, **reference)
+def test_sharper_attention_can_be_switched_off():
+    """qk_scale 1: the float64 model with queries and keys as they are normed."""
+    config, params, tokens = replace(qk_scale=1.0), random_params(SMALL), random_tokens(SMALL, B, T)
+    want = nanochat_logits(widen(params), tokens, CONTEXT, sharpness=1.0)
     assert np.abs(want - nanochat_logits(widen(params), tokens, CONTEXT)).max() > 1
     assert distance(compiled_forward(config)(params, tokens), want) < 5e-6
 
@@ -215,21 +210,24 @@ def test_windows_are_a_quarter_of_the_context_and_the_query():
 # Sampling
 
 
+PROMPT_SEEDS = {1: 7, 3: 7, 16: 3, 17: 4, 141: 1}  # by length; those that lead to many different tokens
+
+
 @functools.cache
 def sampler():
     return train.make_sampler(SMALL, 9, model=speedrun.NANOCHAT)
 
 
-@pytest.mark.parametrize("length", [1, 3, 16, 17, 141])
+@pytest.mark.parametrize("length", PROMPT_SEEDS)
 def test_it_samples_with_a_cache_as_without(length):
     """Greedily, token for token, what the float64 model says of the whole text.
 
     Also where the prompt is padded: the first new token is smeared with the prompt's last one.
     """
-    params, prompt = random_params(SMALL), random_tokens(SMALL, 1, length, length)[0].tolist()
+    params, prompt = random_params(SMALL), random_tokens(SMALL, 1, length, PROMPT_SEEDS[length])[0].tolist()
     written = train.generate(SMALL, params, prompt, 9, model=speedrun.NANOCHAT, sampler=sampler())
     logits = nanochat_logits(widen(params), np.array([prompt + written]), CONTEXT)
-    assert len(set(written)) > 3  # a model stuck on one token would agree with anything
+    assert len(set(written)) > 6  # a model stuck on one token would agree with anything
     assert logits[0, length - 1 : -1].argmax(axis=-1).tolist() == written
 
 
@@ -317,8 +315,8 @@ def test_embeddings_are_most_of_the_parameters_and_none_of_the_work():
     assert counts["embed"] - fewer["embed"] == 6 * V * D == 150_994_944 and fewer["embed"] == V * D
     gates = 6 * 12 * 6 + 24
     assert counts["attention"] + counts["mlp"] == 12 * D * D * L + gates and counts["lm_head"] == V * D
-    assert counts["scalar"] == 2 * L + 2 and counts["total"] == 286_262_450
-    assert config.scaling_params == 12 * D * D * L + gates - 24 + V * D == 110_101_008
+    assert counts["scalar"] == 2 * L + 2 and counts["total"] == 286_261_730
+    assert config.scaling_params == 12 * D * D * L + gates - 24 + V * D == 110_100_912
     keys = 9 * (513 * 514 / 2 + (2048 - 513) * 513) / 2048 + 3 * 2049 / 2
     work = 6 * (config.scaling_params + 24) + 12 * D * keys
     assert train.flops_per_token(config, speedrun.NANOCHAT) == pytest.approx(work, rel=1e-12)
@@ -375,7 +373,7 @@ def test_the_ratio_sets_the_steps_and_nothing_else(ratio):
 def test_flops_or_steps_that_are_given_win_over_the_ratio():
     """target_flops before ratio, num_iterations before both; the batch stays that of the depth."""
     config = speedrun.Config(target_flops=1e18)
-    per_token = 6 * (110_101_008 + 24) + 12 * 768 * (9 * 512 + 3 * 2048)
+    per_token = 6 * (110_100_912 + 24) + 12 * 768 * (9 * 512 + 3 * 2048)
     assert config.num_iterations == round(1e18 / (per_token * 2**19)) and config.total_batch_size == 256
     both = speedrun.Config(target_flops=1e18, num_iterations=77)
     assert (both.num_iterations, both.total_batch_size) == (77, 256)
@@ -388,7 +386,7 @@ def test_a_field_that_is_set_wins_and_what_follows_it_follows():
     assert (wide.n_layer, wide.n_head, wide.n_kv_head) == (12, 8, 8)
     assert wide.num_iterations == int(12 * wide.scaling_params) // (wide.total_batch_size * 2048)
     half = speedrun.Config(total_batch_size=128)
-    assert half.num_iterations == int(12 * 110_101_008) // 2**18
+    assert half.num_iterations == int(12 * 110_100_912) // 2**18
     short = speedrun.Config(seq_len=512)
     assert (short.total_batch_size, short.num_iterations) == (1024, 2520)
     assert speedrun.Config(head_dim=64, attn_impl="jax").n_kv_head == 12
@@ -504,8 +502,9 @@ def script(monkeypatch):
 
 def test_an_optimizer_brings_its_own_settings(script):
     """05 with AdamW has AdamW's rate and no fields of Muon's; 02 and 04 with Muon have Muon's rate and fields."""
-    run, config, optimizer = script(speedrun.NANOCHAT, "--preset laptop", optimizer=speedrun.MUON)
-    assert optimizer is speedrun.MUON and (config.learning_rate, config.matrix_lr, config.beta1) == (4.0, 0.02, 0.97)
+    muons = speedrun.MUON.presets["laptop"]["learning_rate"]
+    _, config, optimizer = script(speedrun.NANOCHAT, "--preset laptop", optimizer=speedrun.MUON)
+    assert optimizer is speedrun.MUON and (config.learning_rate, config.matrix_lr, config.beta1) == (muons, 0.02, 0.97)
     assert (config.depth, config.head_dim, config.total_batch_size, config.seq_len) == (4, 64, 8, 256)
     words = "--preset laptop --optimizer adamw"
     _, config, optimizer = script(speedrun.NANOCHAT, words, optimizer=speedrun.MUON)
@@ -514,7 +513,7 @@ def test_an_optimizer_brings_its_own_settings(script):
     for model in (train.GPT, importlib.import_module("04_maxtext").SWIGLU):
         _, config, optimizer = script(model, "--preset laptop --optimizer muon --gate_lr 0.3")
         assert optimizer is speedrun.MUON and isinstance(config, model.config)
-        assert (config.learning_rate, config.matrix_lr, config.gate_lr, config.eps) == (4.0, 0.02, 0.3, 1e-10)
+        assert (config.learning_rate, config.matrix_lr, config.gate_lr, config.eps) == (muons, 0.02, 0.3, 1e-10)
         _, config, optimizer = script(model, "--preset laptop")
         assert optimizer is train.ADAMW and type(config) is model.config and config.learning_rate == 3e-3
 

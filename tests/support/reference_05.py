@@ -16,11 +16,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def nanochat_logits(params, tokens, context, pattern="SSSL", sharpness=1.2, exclusive=False):
-    """Logits (B, T, V). params: float64; context: tokens that windows are reckoned from; sharpness: of q and of k.
-
-    exclusive: what attention returns is orthogonal to the token's own value.
-    """
+def nanochat_logits(params, tokens, context, pattern="SSSL", sharpness=1.2):
+    """Logits (B, T, V). params: float64; context: tokens that windows are reckoned from; sharpness: of q and of k."""
     e = norm_reference(params["wte"][tokens])
     x = e.copy()
     if "smear_gate" in params:
@@ -33,7 +30,7 @@ def nanochat_logits(params, tokens, context, pattern="SSSL", sharpness=1.2, excl
             x = params["resid_lambdas"][i] * x + params["x0_lambdas"][i] * x0
         full = i == count - 1 or pattern[i % len(pattern)] == "L"
         keys = context if full else 128 * math.ceil(context / 4 / 128) + 1  # 128s to the left, and itself
-        x = x + attention_output(layer, norm_reference(x), tokens, keys, sharpness, exclusive)
+        x = x + attention_output(layer, norm_reference(x), tokens, keys, sharpness)
         x = x + np.maximum(norm_reference(x) @ layer["c_fc"], 0) ** 2 @ layer["mlp_proj"]
         if i == count // 2:
             middle = x
@@ -42,19 +39,14 @@ def nanochat_logits(params, tokens, context, pattern="SSSL", sharpness=1.2, excl
     return CAP * np.tanh(norm_reference(x) @ params["lm_head"] / CAP)
 
 
-def attention_output(layer, h, tokens, keys, sharpness, exclusive):
+def attention_output(layer, h, tokens, keys, sharpness):
     """What attention over the last `keys` keys adds to the stream, (B, T, D), for its normed input h (B, T, D)."""
     q, k, v = (np.tensordot(h, layer[name], 1) for name in ("c_q", "c_k", "c_v"))
     if "value_embeds" in layer:
         gate = 3 * sigmoid(h[:, :, :12] @ layer["value_gate"])
         v = v + gate[:, :, :, None] * layer["value_embeds"][tokens]
     q, k = (sharpness * norm_reference(rope_reference(a, BASE)) for a in (q, k))
-    y, group = attention_reference(q, k, v, keys)[0], q.shape[2] // v.shape[2]
-    for n in range(q.shape[2] if exclusive else 0):
-        own = v[:, :, n // group]
-        share = (y[:, :, n] * own).sum(-1) / ((own * own).sum(-1) + 1e-6)
-        y[:, :, n] -= share[:, :, None] * own
-    return np.tensordot(y, layer["c_proj"], 2)
+    return np.tensordot(attention_reference(q, k, v, keys)[0], layer["c_proj"], 2)
 
 
 def scaling_params_reference(depth, width, kv_width, heads, vocab, gated=None):
