@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from corpus import TINY, newest, read_rows, train_tiny
+from reference import rate_reference
 
 from onechip.layers import rms_norm
 from onechip.settings import setting
@@ -90,6 +91,18 @@ def test_it_is_counted_by_kind():
     keys = 2 * (12 * 13 / 2 + 12 * 12) / 24 + 2 * (24 * 25 / 2) / 24  # windows 12, 24, 12, 24
     assert train.flops_per_token(CONFIG, MODEL) == 6 * (attention + mlp + D * V) + 12 * N * H * keys
     assert train.count_params(dataclasses.replace(CONFIG, value_embeds=False), MODEL)["embed"] == V * D
+
+
+def test_a_warm_up_in_steps_wins_over_its_ratio_and_the_warm_down():
+    """20 steps, 8 up and 15 down to a quarter: the rate rises to its peak, then falls on from where the ramp is."""
+    fields = {"num_iterations": 20, "learning_rate": 4.0, "warmdown_ratio": 0.75, "final_lr_frac": 0.25}
+    config = dataclasses.replace(CONFIG, warmup_ratio=0.1, warmup_steps=8, **fields)
+    want = {0: 0.5, 6: 3.5, 7: 4.0, 8: 3.4, 13: 2.4, 19: 1.2}  # from 8 on: 1 + 3 * (20 - step) / 15
+    assert [float(train.learning_rate_at(config, step)) for step in want] == pytest.approx(list(want.values()))
+    rates = [float(train.learning_rate_at(config, step)) for step in range(20)]
+    assert rates == pytest.approx([rate_reference(config, step) for step in range(20)])
+    by_ratio = dataclasses.replace(config, warmup_steps=0)  # 2 steps
+    assert [float(train.learning_rate_at(by_ratio, step)) for step in (0, 1, 5, 8)] == pytest.approx([2, 4, 4, 3.4])
 
 
 def test_it_trains_and_resumes_to_the_last_bit(corpus, tokenizer, tmp_path):
