@@ -164,7 +164,7 @@ if LOOK:
 # %% [markdown]
 # ## Setup
 #
-# Letters are those of 02, and three more: E, the value embeddings' gate reads 12 channels; S, the smear's reads 24.
+# Letters are those of 02, and two more: E, the value embeddings' gate reads 12 channels; S, the smear's reads 24.
 # Whatever is spelled `train.something` is explained there.
 
 # %%

@@ -84,7 +84,7 @@ def batch():
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"attn_impl": "jax", "depth": 4}, {"depth": 6, "n_kv_head": 1, "window_pattern": "SL"}], ids=str
+    "fields", [{}, {"attn_impl": "jax", "depth": 6}, {"depth": 7, "n_kv_head": 1, "window_pattern": "SL"}], ids=str
 )
 def test_forward_equals_a_float64_model(fields):
     """Logits equal the float64 model to 5e-6 of the largest: an odd and an even number of layers, grouped heads."""

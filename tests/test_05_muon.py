@@ -6,7 +6,6 @@ Sizes differ in every dimension; a key/value head serves two query heads, so tha
 import dataclasses
 import functools
 import importlib
-import itertools
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from reference_muon import (
     decay_factor,
     direction,
     momentum,
+    muon_reference,
     name_of,
     named,
     normuon,
@@ -64,8 +64,13 @@ def replace(**fields):
     return dataclasses.replace(TINY, **fields)
 
 
+# One layer, which has all the kinds of weights
+ONE = replace(depth=1, weight_decay=0.013)
+ONE_WEIGHTS = speed.nanochat_weights(ONE)
+
+
 def random_tree(weights, config, seed, scale=1.0):
-    """A float32 NumPy array for each weight, normal; matrices with rows and columns of very different lengths."""
+    """A float32 NumPy array for each weight, normal, with lines of very different lengths along each axis."""
     rng = np.random.default_rng(seed)
 
     def draw(weight):
@@ -76,79 +81,106 @@ def random_tree(weights, config, seed, scale=1.0):
     return jax.tree.map(draw, weights)
 
 
+def narrow_tree(weights, config, seed, rank=3, noise=2e-4):
+    """Nearly of low rank, as gradients are: most singular values are too small for Polar Express to reach 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(weight):
+        shape = weight.shape(config)
+        inputs = weight.fan_in(config) if weight.is_matrix else 1
+        rows, columns = rng.normal(size=(inputs, rank)), rng.normal(size=(rank, math.prod(shape) // inputs))
+        columns *= np.exp(rng.normal(size=columns.shape[1]))
+        return np.float32((rows @ columns + noise * rng.normal(size=(len(rows), columns.shape[1]))).reshape(shape))
+
+    return jax.tree.map(draw, weights)
+
+
 @functools.cache
 def compiled_update(config, without=()):
-    """muon_update of TINY's table, jitted: (params, state, grads, step) -> (params, state)."""
-    return jax.jit(functools.partial(speed.muon_update, config, WEIGHTS, without=without))
+    """muon_update of 05's table, jitted: (params, state, grads, step) -> (params, state)."""
+    weights = speed.nanochat_weights(config)
+    return jax.jit(functools.partial(speed.muon_update, config, weights, without=without))
 
 
-def assert_equal_to(reference, params, state, tolerance, context=""):
-    """Parameters and moments, array by array, as shares of the largest magnitude; few entries are in doubt."""
+def errors_of(reference, params, state):
+    """{(kind, path): largest difference as a share of the largest magnitude}; kind: p, m or v.
+
+    Entries in doubt do not count, 0.3 % at most; a parameter smaller than 1 counts as that.
+    """
     doubtful = sum(int(doubt.sum()) for doubt in reference.doubt.values())
     assert doubtful < 3e-3 * sum(p.size for p in reference.p.values())
-    ours = {"p": named(params), "m": named(state["mu"]), "v": named(state["nu"])}
-    for kind, arrays in ours.items():
-        want = getattr(reference, kind)
+    errors = {}
+    for kind, tree in {"p": params, "m": state["mu"], "v": state["nu"]}.items():
+        arrays, want = named(tree), getattr(reference, kind)
         assert arrays.keys() == want.keys()
         for path, array in arrays.items():
-            sure = ~reference.doubt[path] if kind == "p" else True
-            error = np.abs(np.where(sure, np.float64(array) - want[path], 0)).max() / np.abs(want[path]).max()
-            assert error < tolerance, (context, kind, path, error)
+            counts = ~reference.doubt[path] if kind == "p" else True
+            error = np.abs(np.where(counts, np.float64(array) - want[path], 0)).max()
+            errors[kind, path] = error / max(np.abs(want[path]).max(), 1.0 if kind == "p" else 0.0)
+    return errors
+
+
+# Measured: 5e-7, 2e-6 (a scalar's, which crosses 0) and, at the first steps, 1.6e-5
+ROUNDING = {"p": 2e-6, "m": 5e-6, "v": 5e-5}
+
+
+def assert_equal_to(reference, params, state):
+    """Parameters and moments, array by array."""
+    errors = errors_of(reference, params, state)
+    assert not {key: error for key, error in errors.items() if not error < ROUNDING[key[0]]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Against the reference
 
 
-ROUNDING = 2e-5  # of each array's largest magnitude
-
-
 def test_twenty_steps_equal_a_float64_reference():
-    """Both optimizers and all schedules, from the same start, step by step to rounding: 2e-5 of each array."""
+    """Both optimizers and all schedules, from the same start, equal to rounding after each step."""
     params = random_tree(WEIGHTS, TINY, 1)
     state, reference, start = speed.muon_init(TINY, WEIGHTS, params), MuonReference(TINY, params), named(params)
     for it in range(TINY.num_iterations):
         grads = random_tree(WEIGHTS, TINY, 100 + it, 10.0 ** (it % 3 - 3))
         params, state = compiled_update(TINY)(params, state, grads, jnp.int32(it))
         reference.step(it, grads)
-        assert_equal_to(reference, params, state, ROUNDING, it)
+        assert_equal_to(reference, params, state)
     moved = {path: relative_rms(start[path], p) for path, p in reference.p.items()}
-    assert min(moved.values()) > 0.05, moved  # the tolerance is small beside what is compared
+    assert min(moved.values()) > 0.02, moved  # the tolerance is small beside what is compared
 
 
 @functools.cache
-def after_some_steps():
-    """(params, state) after seven steps: no moment is zero, no schedule at its start. On the host."""
-    params = random_tree(WEIGHTS, TINY, 1)
-    state = speed.muon_init(TINY, WEIGHTS, params)
-    for it in range(7):
-        grads = random_tree(WEIGHTS, TINY, 100 + it, 0.1)
-        params, state = compiled_update(TINY)(params, state, grads, jnp.int32(it))
-    return jax.device_get((params, state))
+def somewhere():
+    """(params, state) of ONE with moments that are not zero."""
+    second = jax.tree.map(lambda v: np.square(v, dtype=np.float32), random_tree(ONE_WEIGHTS, ONE, 5, 0.1))
+    first = speed.muon_init(ONE, ONE_WEIGHTS, second)
+    take = lambda moment, v: v[tuple(slice(n) for n in moment.shape)]
+    state = {"mu": narrow_tree(ONE_WEIGHTS, ONE, 4), "nu": jax.tree.map(take, first["nu"], second)}
+    return random_tree(ONE_WEIGHTS, ONE, 3), state
 
 
 def reference_at(params, state):
-    """A MuonReference that goes on from the program's state."""
-    reference = MuonReference(TINY, params)
+    """A MuonReference of ONE that goes on from the program's state."""
+    reference = MuonReference(ONE, params)
     reference.m, reference.v = ({k: np.float64(a) for k, a in named(state[name]).items()} for name in ("mu", "nu"))
     return reference
 
 
 @pytest.mark.parametrize("without", [(), *((part,) for part in PARTS), PARTS], ids="-".join)
 def test_each_part_is_what_the_reference_has_and_can_be_left_out(without):
-    """One step from moments that are not zero, with every part, without each, and with none of them."""
-    (params, state), grads = after_some_steps(), random_tree(WEIGHTS, TINY, 200, 0.1)
-    got, got_state = compiled_update(TINY, without)(params, state, grads, jnp.int32(7))
-    reference = reference_at(params, state)
+    """One step with every part, without each, and with none, equal to the reference; each changes all its matrices.
+
+    That is a twentieth of the step or more; of AdamW's weights nothing.
+    """
+    (params, state), grads = somewhere(), narrow_tree(ONE_WEIGHTS, ONE, 200)
+    got, got_state = compiled_update(ONE, without)(params, state, grads, jnp.int32(7))
+    reference, full = reference_at(params, state), reference_at(params, state)
     reference.step(7, grads, without)
-    assert_equal_to(reference, got, got_state, ROUNDING)
-    full = reference_at(params, state)
     full.step(7, grads)
-    step = {path: full.p[path] - p for path, p in named(params).items()}
-    changed = {path for path, p in named(got).items() if relative_rms(p - full.p[path] + step[path], step[path]) > 1e-2}
-    matrices = {path for path in step if name_of(path) not in ADAMW}
-    wide = {path for path in matrices if name_of(path) == "c_fc"}
-    assert changed == (set() if without == () else wide if without == ("shape",) else matrices)
+    assert_equal_to(reference, got, got_state)
+    before = named(params)
+    share = {p: relative_rms(array - before[p], full.p[p] - before[p]) for p, array in named(got).items()}
+    changed = {name_of(path) for path in share if share[path] > 0.05}
+    matrices = {name_of(path) for path in share if name_of(path) not in ADAMW}
+    assert changed == ({"c_fc"} if without == ("shape",) else matrices if without else set()), share
 
 
 def test_each_function_is_the_references():
@@ -159,9 +191,9 @@ def test_each_function_is_the_references():
         X, second = rng.normal(size=U.shape), rng.random((3, 1, outputs) if outputs >= inputs else (3, inputs, 1))
         Y, V = speed.per_neuron(TINY, np.float32(X), np.float32(second))
         for i, u in enumerate(np.float64(U)):
-            assert distance(speed.orthogonalize(jnp.array(U))[i], polar_express(u.T).T) < ROUNDING
+            assert distance(speed.orthogonalize(jnp.array(U))[i], polar_express(u.T).T) < 3e-5
             for without in ((), ("equilibrate",), ("renormalize",)):
-                assert distance(speed.muon_directions(U, without)[i], direction(u.T, without).T) < ROUNDING
+                assert distance(speed.muon_directions(U, without)[i], direction(u.T, without).T) < 3e-5
             want = [a.T for a in normuon(X[i].T, second[i].T, TINY.beta2)]
             assert distance([Y[i], V[i]], want) < 1e-6
 
@@ -181,15 +213,20 @@ def test_a_matrix_in_a_stack_gets_the_update_that_it_gets_alone():
 
 def test_bfloat16_is_the_type_of_the_products_and_of_nothing_else():
     """Muon's updates are within 3 % of float64's and not float32's own; AdamW and the whole state stay in float32."""
-    (params, state), grads = after_some_steps(), random_tree(WEIGHTS, TINY, 200, 0.1)
+    rng, config = np.random.default_rng(8), replace(dtype="bfloat16")
+    P, U = (rng.normal(size=(2, 12, 37)) for _ in range(2))
+    moments = np.ones((2, 1, 37))
+    got, _ = speed.muon_step(config, *(np.float32(a) for a in (P, U, moments)), 0.1, 0.0)
+    for i in range(2):  # with momentum 1, the gradient counts for nothing
+        want = muon_reference(P[i].T, 0 * P[i].T, U[i].T, moments[i].T, 1.0, 0.1, 0.0, config.beta2)[0].T
+        assert 1e-3 < relative_rms(got[i] - P[i], want - P[i]) < 3e-2
+    (params, state), grads = somewhere(), narrow_tree(ONE_WEIGHTS, ONE, 200)
+    after = compiled_update(dataclasses.replace(ONE, dtype="bfloat16"))(params, state, grads, jnp.int32(7))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(after)} == {"float32"}
     reference = reference_at(params, state)
     reference.step(7, grads)
-    got, got_state = compiled_update(replace(dtype="bfloat16"))(params, state, grads, jnp.int32(7))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves((got, got_state))} == {"float32"}
-    for path, p in named(got).items():
-        before = named(params)[path]
-        error = relative_rms(p - np.float64(before), reference.p[path] - before)
-        assert error < 1e-4 if name_of(path) in ADAMW else 1e-3 < error < 3e-2, (path, error)
+    errors = errors_of(reference, *after)
+    assert not {key: e for key, e in errors.items() if e > ROUNDING[key[0]] and name_of(key[1]) in ADAMW}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,28 +245,27 @@ def conditioned(shape, condition, rng):
 
 
 SHAPES = [(7, 41), (41, 7), (24, 24), (30, 50), (64, 16)]
-BANDS = {"float32": (0.85, 1.15), "bfloat16": (0.7, 1.3)}
+BANDS = {"float32": (0.85, 1.15), "bfloat16": (0.75, 1.2)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_singular_values_are_near_one(dtype):
-    """Those above a thousandth of the matrix's norm end within 0.85 to 1.15, in bfloat16 within 0.7 to 1.3.
+    """Those above a thousandth of the matrix's norm end within 0.85 to 1.15, in bfloat16 within 0.75 to 1.2.
 
-    Smaller ones are at least 700 times what they were, as a share of the norm.
+    If the smallest is below that, it is at least 700 times what it was, as a share of the norm.
     """
     rng, (low, high) = np.random.default_rng(5), BANDS[dtype]
+    orthogonalize = jax.jit(speed.orthogonalize)
     for shape in SHAPES:
         drawn = [rng.normal(size=shape), *(conditioned(shape, condition, rng) for condition in (3, 30, 300, 1000))]
-        for scale, X in itertools.product((1e-4, 1e3), drawn):
-            X = np.asarray(jnp.asarray(scale * X, dtype), np.float64)
-            before = np.linalg.svd(X, compute_uv=False)
-            share = before / np.linalg.norm(before)
-            (after,) = speed.orthogonalize(jnp.asarray(X[None], dtype))
-            assert after.dtype == dtype and after.shape == shape
-            after = np.linalg.svd(np.float64(after), compute_uv=False)
-            assert after.max() < high
-            # The smallest of n values is not below what the smallest before can have become.
-            assert after.min() > min(low, 700 * share.min()), (shape, share.min(), after.min())
+        X = jnp.asarray([scale * x for scale in (1e-4, 1e3) for x in drawn], dtype)
+        Y = orthogonalize(X)
+        assert Y.dtype == dtype and Y.shape == X.shape
+        for x, y in zip(np.float64(X), np.float64(Y), strict=True):
+            before, after = (np.linalg.svd(a, compute_uv=False) for a in (x, y))
+            share = before.min() / np.linalg.norm(before)
+            assert after.max() < high, (shape, share, after)
+            assert after.min() > min(low, 700 * share), (shape, share, after)
 
 
 def test_directions_have_the_norm_of_an_orthogonal_matrix():
@@ -260,24 +296,23 @@ def test_a_matrix_and_its_transpose_have_transposed_updates():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gradient_of_zero_gives_no_nan(dtype):
-    """All of it from the first step on: weights only decay. A column, or one matrix, of zeros: everything is finite."""
-    config = replace(dtype=dtype)
-    params = random_tree(WEIGHTS, config, 1)
-    state, zero = speed.muon_init(config, WEIGHTS, params), jax.tree.map(np.zeros_like, params)
+    """All of it, from the first step on: weights only decay. Lines or a matrix of zeros: everything is finite."""
+    config = dataclasses.replace(ONE, dtype=dtype)
+    params = random_tree(ONE_WEIGHTS, config, 1)
+    state, zero = speed.muon_init(config, ONE_WEIGHTS, params), jax.tree.map(np.zeros_like, params)
     new, moments = compiled_update(config)(params, state, zero, jnp.int32(0))
-    rates, share = peak_rates(config), 1 / config.warmup_steps
+    rates, before, share = peak_rates(config), named(params), 1 / config.warmup_steps
     for path, p in named(new).items():
-        if name_of(path) in ADAMW:
-            shrunk = 1 - share * rates[name_of(path)] * ADAMW[name_of(path)][3]
+        name = name_of(path)
+        if name in ADAMW:
+            shrinks = rates[name] * ADAMW[name][3]
         else:
-            factor = 2.0 if name_of(path) == "c_fc" else 1.0  # 160 outputs of 40 inputs
-            shrunk = 1 - share * rates["muon"] * factor * peak_decay(config, named(params))
-        np.testing.assert_allclose(p, shrunk * named(params)[path], rtol=1e-5, err_msg=path)
+            shrinks = rates["muon"] * peak_decay(config, before) * (2.0 if name == "c_fc" else 1.0)  # 160 of 40
+        np.testing.assert_allclose(p, (1 - share * shrinks) * before[path], rtol=1e-5, err_msg=path)
     assert not any(leaf.any() for leaf in jax.tree.leaves(moments))
-    grads = random_tree(WEIGHTS, config, 2)
-    grads["layers"][0]["c_fc"][:, 3] = 0
-    grads["layers"][1]["c_q"][...] = 0
-    grads["layers"][2]["mlp_proj"][5:9] = 0
+    grads = random_tree(ONE_WEIGHTS, config, 2)
+    (layer,) = grads["layers"]
+    layer["c_fc"][:, 3] = layer["mlp_proj"][5:9] = layer["c_q"][...] = 0
     for it in range(2):
         params, state = compiled_update(config)(params, state, grads, jnp.int32(it))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)))
@@ -321,7 +356,7 @@ def test_defaults_are_the_recipes():
     """Rates at the reference's width and batch, betas and decays of every group that a weight of 05's can be in."""
     config = DEFAULT()
     assert (config.n_embd, config.total_batch_size * config.seq_len) == (768, 2**19)
-    assert speed.peak_rate(config, None) == pytest.approx(0.02, rel=1e-12)
+    assert speed.group_rate(config, None) == pytest.approx(0.02, rel=1e-12)
     assert (config.beta1, config.beta2, config.eps, config.weight_decay) == (0.97, 0.9, 1e-10, 0.28)
     assert (config.momentum_start, config.momentum_end, config.momentum_warmup) == (0.85, 0.9, 400)
     assert (config.warmup_steps, config.warmdown_ratio, config.final_lr_frac, config.grad_clip) == (40, 0.65, 0.05, 0)
@@ -329,7 +364,7 @@ def test_defaults_are_the_recipes():
     assert {w.group for w in weights if not speed.is_muons(w)} == set(RECIPE)
     for name, (rate, beta1, beta2, decay) in RECIPE.items():
         group = group_of(name)
-        assert speed.peak_rate(config, group) == pytest.approx(rate, rel=1e-12), name
+        assert speed.group_rate(config, group) == pytest.approx(rate, rel=1e-12), name
         assert (group.beta1, group.beta2, group.decay) == (beta1, beta2, decay), name
 
 
@@ -343,15 +378,15 @@ def test_defaults_are_the_recipes():
 def test_rates_follow_the_batch_and_the_width_and_learning_rate(fields, width, batch):
     """All but the smear and backout group's by the root of the batch and by learning_rate; embeddings and lm_head by
     one over the root of the width."""
-    config = DEFAULT(learning_rate=3.0, num_iterations=10, **fields)
+    config = DEFAULT(learning_rate=3.0, num_iterations=10, attn_impl="einsum", **fields)
     assert (config.n_embd, config.total_batch_size * config.seq_len) == (width, batch)
     root = 3.0 * (batch / 2**19) ** 0.5
-    assert speed.peak_rate(config, None) == pytest.approx(0.02 * root, rel=1e-12)
+    assert speed.group_rate(config, None) == pytest.approx(0.02 * root, rel=1e-12)
     for name, (rate, *_) in RECIPE.items():
         factor = {"embed": True, "lm_head": True, "value_embeds": True}.get(name, False)
         want = rate * root * ((width / 768) ** -0.5 if factor else 1)
         want = 0.2 if name in ("smear", "backout") else want
-        assert speed.peak_rate(config, group_of(name)) == pytest.approx(want, rel=1e-12), name
+        assert speed.group_rate(config, group_of(name)) == pytest.approx(want, rel=1e-12), name
 
 
 def test_weight_decay_follows_the_batch_and_the_parameters():
@@ -361,7 +396,7 @@ def test_weight_decay_follows_the_batch_and_the_parameters():
     # Depth 4: four layers of 12 * 256^2 with two gates of 12 x 4, and 256 x 8192; depth 12 in the same heads
     small, reference = 4 * 12 * 256**2 + 2 * 12 * 4 + 256 * 8192, 12 * 12 * 768**2 + 6 * 12 * 12 + 768 * 8192
     fields = dict(depth=4, head_dim=64, vocab_size=8192, seq_len=256, device_batch_size=8, total_batch_size=8)
-    config = DEFAULT(num_iterations=10, weight_decay=0.5, **fields)
+    config = DEFAULT(num_iterations=10, weight_decay=0.5, attn_impl="einsum", **fields)
     want = 0.5 * (2**11 / 2**19) ** 0.5 * reference / small
     assert speed.peak_decay(config, speed.nanochat_weights(config)) == pytest.approx(want, rel=1e-12)
     for model, given in ((train.GPT, GPT), (maxtext.SWIGLU, SWIGLU)):

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from onechip.chips import GIB, topology_devices
+from onechip.doors import config_with
 from onechip.fit import DoesNotFit, describe, measure, peak_rate, require_fit
 
 train = importlib.import_module("02_train")
@@ -118,6 +119,24 @@ def test_the_gated_model_holds_the_logits_of_one_slice_only():
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= state_bytes(config, maxtext.SWIGLU)
     assert memory.temp_size_in_bytes < 3 * 2**30
+
+
+def test_muon_and_value_embeddings_compile_for_a_v6e():
+    """Two layers of depth 12's width, 2 of 256 sequences: kernels for both windows, and Muon's products in bfloat16."""
+    speedrun = importlib.import_module("05_speedrun")
+    config = config_with(speedrun.Config, speedrun.MuonSettings)(
+        depth=2, n_embd=768, n_kv_head=6, vocab_size=2048, device_batch_size=1, total_batch_size=2
+    )
+    fit = measure(train.workload(work_on("v6e:1x1").mesh, speedrun.NANOCHAT, speedrun.MUON), config)
+    text = fit.compiled.as_text()
+    assert count_kernels(fit.compiled) == 2 * 2 and "attention_forward_513" in text
+    assert re.search(r"bf16\[(?:8,)?768,768\]\S* (?:convolution|dot|fusion)\(", text)
+    # AdamW keeps two moments of each weight, Muon one and a vector.
+    counts = train.count_params(config, speedrun.NANOCHAT)
+    state = 12 * counts["total"] - 4 * (counts["attention"] + counts["mlp"])
+    memory = fit.compiled.memory_analysis()
+    assert state < memory.alias_size_in_bytes < 1.02 * state
+    assert fit.fits and fit.step_seconds > 0
 
 
 def test_a_slice_of_eight_chips_sums_its_gradients():
