@@ -334,8 +334,7 @@ def window_flops(config):
 PRESETS = {
     "chip": {},
     "gpu": train.PRESETS["gpu"],
-    "laptop": {name: value for name, value in train.PRESETS["laptop"].items() if name != "n_head"}
-    | {"depth": 4, "warmup_steps": 10},
+    "laptop": {name: value for name, value in train.PRESETS["laptop"].items() if name != "n_head"} | {"depth": 4},
 }
 
 
@@ -549,7 +548,8 @@ def momentum_at(config, step):
 
 def decay_at(config, weights, step):
     """Muon's weight decay at a 0-based step."""
-    return peak_decay(config, weights) * 0.5 * (1 + jnp.cos(math.pi * step / config.num_iterations))
+    left = 1 - step / config.num_iterations
+    return peak_decay(config, weights) * jnp.sin(0.5 * math.pi * left) ** 2  # (1 + cos) / 2, exact where it is small
 
 
 # %%

@@ -268,8 +268,7 @@ def test_weights_start_as_nanochats(first):
         assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
         assert 0.66 < (np.abs(values) < 1).mean() < 0.70  # of a normal distribution, 68.3 %
     seen = []
-    for i, layer in enumerate(params["layers"]):
-        assert ("value_embeds" in layer) == ("value_gate" in layer) == (i in (0, 2, 4))
+    for layer in params["layers"]:
         assert not layer["c_proj"].any() and not layer["mlp_proj"].any()
         scales = {"c_q": 1.0, "c_k": 1.0, "c_v": 1.0, "c_fc": 0.4, "value_embeds": 1.0}
         for name, scale in scales.items():
@@ -286,9 +285,19 @@ def test_weights_start_as_nanochats(first):
     assert len({gate.tobytes() for gate in gates}) == 4
 
 
+def test_every_other_layer_has_value_embeddings_the_last_one_always():
+    """With their gates, whatever the number of layers."""
+    for depth, want in ((1, [0]), (2, [1]), (5, [0, 2, 4]), (6, [1, 3, 5])):
+        layers = speedrun.nanochat_weights(replace(depth=depth))["layers"]
+        for name in ("value_embeds", "value_gate"):
+            assert [i for i, layer in enumerate(layers) if name in layer] == want
+
+
 def test_scalars_start_as_nanochats(first):
-    """Two falling lines over the layers, no smear, a fifth of the middle layer taken out; one layer has the lines'
-    beginnings."""
+    """Two falling lines over the layers, no smear, a fifth of the middle layer taken out.
+
+    A single layer has the beginning of each line.
+    """
     params = first[1]
     np.testing.assert_allclose(params["resid_lambdas"], [1.15, 1.125, 1.1, 1.075, 1.05], rtol=1e-6)
     np.testing.assert_allclose(params["x0_lambdas"], [0.2, 0.1625, 0.125, 0.0875, 0.05], rtol=1e-6)
