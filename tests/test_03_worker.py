@@ -256,7 +256,7 @@ def test_ten_failures_leave_no_array_and_no_thread(corpus, tmp_path, monkeypatch
 def test_a_refused_trial_is_not_started(corpus, tmp_path, monkeypatch):
     """The preflight's line is the reason; nothing is trained, no folder is made, no start is reported."""
 
-    def refuse(config):
+    def refuse(config, **parts):
         raise DoesNotFit("device_batch_size=2: 40 GiB of 31.25")
 
     monkeypatch.setattr(train, "preflight", refuse)
