@@ -241,7 +241,7 @@ def test_ten_failures_leave_no_array_and_no_thread(corpus, tmp_path, monkeypatch
         fault = faults[i % 4]
         with monkeypatch.context() as patch:
             if not fault:
-                patch.setattr(train, "preflight", lambda config: None)  # or it would have refused this trial
+                patch.setattr(train, "preflight", lambda config, **parts: None)  # or it would have refused this trial
                 patch.setattr(train, "make_train_step", lambda *args: exhaust_memory(make(*args)))
             outcome = worker.run_trial(job_of(corpus, tmp_path / f"{i}", **fault), corpus)
         assert outcome.state == "failed"
@@ -313,7 +313,7 @@ def test_a_trial_that_never_began_here_keeps_what_is_there(corpus, tmp_path, mon
     theirs.parent.mkdir(parents=True)
     theirs.touch()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "preflight", lambda config: 1 / 0)
+        patch.setattr(train, "preflight", lambda config, **parts: 1 / 0)
         assert worker.run_trial(job_of(corpus, tmp_path / "trial"), corpus).state == "failed"
     assert theirs.exists()
     job = job_of(corpus, tmp_path / "trial", num_iterations=1)._replace(is_lost=lambda: True)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from configs import draw_params, quick_compiler, random_tokens  # noqa: F401  (a fixture for every test)
 from corpus import TINY as TINY_RUN
-from corpus import is_one_line, list_checkpoints, newest, read_rows, train_tiny
+from corpus import is_one_line, list_checkpoints, newest, read_rows, tiny, train_tiny
 from reference import distance, losses_of_logits, widen
 from reference_05 import nanochat_logits, scaling_params_reference
 
@@ -595,31 +595,33 @@ def test_a_run_of_05_opens_by_the_names_in_its_config(whole):
     assert prompt == "the" and text
 
 
-@pytest.mark.usefixtures("compiled_once", "interruptible")
-def test_02s_model_trained_with_muon_opens(corpus, tokenizer, tmp_path):
-    """Its config.json names an optimizer of another notebook, whose settings are fields of the run's."""
+@pytest.fixture(scope="module")
+def gpt_with_muon(corpus, tokenizer, tmp_path_factory, compiled_once):
+    """(config, Result) of three steps of 02's model with 05's optimizer."""
     config = config_with(train.Config, speedrun.MuonSettings)(**TINY_RUN | {"num_iterations": 3, "learning_rate": 9.0})
-    result = train_tiny(corpus, tokenizer, tmp_path, config=config, optimizer=speedrun.MUON)
-    opened = train.open_model(tmp_path)
+    run_dir = tmp_path_factory.mktemp("runs") / "gpt"
+    return config, train_tiny(corpus, tokenizer, run_dir, config=config, optimizer=speedrun.MUON)
+
+
+def test_02s_model_trained_with_muon_opens(gpt_with_muon):
+    """Its config.json names an optimizer of another notebook, whose settings are fields of the run's."""
+    config, result = gpt_with_muon
+    opened = train.open_model(result.run_dir)
     assert opened.model is train.GPT and opened.config == config and opened.config.matrix_lr == 0.02
     jax.tree.map(np.testing.assert_array_equal, opened.params, result.params)
 
 
 @pytest.mark.usefixtures("compiled_once", "interruptible")
-def test_another_optimizer_does_not_resume_a_run(whole, straight, corpus, tokenizer, tmp_path):
+def test_another_optimizer_does_not_resume_a_run(whole, gpt_with_muon, corpus, tokenizer):
     """One line with both names, of 05's run and of 02's; the folder stays as it was, and trains on with its own."""
     adamw = speedrun.Config(**{f.name: getattr(recipe(), f.name) for f in dataclasses.fields(speedrun.Config)})
-    with_muon = config_with(train.Config, speedrun.MuonSettings)(**TINY_RUN)
-    cases = [
-        (whole.run_dir, adamw, {"model": speedrun.NANOCHAT}, "adamw", "05_speedrun.MUON"),
-        (straight[0].run_dir, with_muon, {"optimizer": speedrun.MUON}, "05_speedrun.MUON", "adamw"),
-    ]
-    for folder, config, options, now, before in cases:
-        kept = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    cases = [(whole.run_dir, adamw, speedrun.NANOCHAT), (gpt_with_muon[1].run_dir, tiny(), train.GPT)]
+    for folder, config, model in cases:
+        kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         with pytest.raises(UserError) as refusal:
-            train_tiny(corpus, tokenizer, folder, config=config, **options)
+            train_tiny(corpus, tokenizer, folder, config=config, model=model)
         said = str(refusal.value)
-        assert is_one_line(said) and said.startswith(f"optimizer='{now}': ") and f"'{before}'; use that" in said
-        assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == kept
+        assert is_one_line(said) and said.startswith("optimizer='adamw': ") and "'05_speedrun.MUON'; use that" in said
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
     assert train_tiny(corpus, tokenizer, whole.run_dir, config=recipe(), **OPTIONS).step == 26
     assert list_checkpoints(whole.run_dir)[-1] == "step_00000026"
