@@ -365,7 +365,7 @@ def check_relations(config):
     """Raises UserError for the first relation between a Config's fields that cannot work."""
     c = config
     require(c.num_iterations < 2**31, "num_iterations", c.num_iterations, "must fit into 32 bits")
-    ramps = c.warmup_ratio + c.warmdown_ratio
+    ramps = (0 if c.warmup_steps else c.warmup_ratio) + c.warmdown_ratio
     require(ramps <= 1, "warmup_ratio + warmdown_ratio", ramps, "must not exceed 1")
     require(c.n_head % c.n_kv_head == 0, "n_kv_head", c.n_kv_head, f"must divide n_head={c.n_head}")
     require(c.head_dim % 2 == 0, "head_dim", c.head_dim, "must be even: RoPE turns pairs of channels")
@@ -377,6 +377,9 @@ def check_relations(config):
         from onechip.kernels import check_kernel  # here, as Pallas takes 0.3 s to import
 
         check_kernel(c.attn_impl, c.seq_len, c.head_dim)
+        largest = c.head_dim * c.score_scale  # of a score; the kernels subtract no maximum before exp
+        bound = "must not exceed 80, or exp() overflows in attn_impl='pallas': use attn_impl='splash'"
+        require(c.attn_impl == "splash" or largest <= 80, "head_dim * score_scale", largest, bound)
 
 
 # %%

@@ -176,7 +176,7 @@ from typing import NamedTuple
 
 from onechip.card import describe_result
 from onechip.doors import config_with
-from onechip.errors import require
+from onechip.errors import UserError, require
 from onechip.export import names_of_files
 from onechip.hub import upload_folder
 from onechip.layers import rms_norm
@@ -300,7 +300,11 @@ class Config(train.TrainConfig):
         """Configs of less depth, nearest first; what followed the depth still does."""
         follows = {name: 0 for name in DIALED if getattr(self, name) == by_depth(self, name)}
         for depth in range(self.depth - 1, 0, -1):
-            yield dataclasses.replace(self, depth=depth, **follows)
+            try:
+                smaller = dataclasses.replace(self, depth=depth, **follows)
+            except UserError:  # what was set does not go with this depth
+                continue
+            yield smaller
 
 
 DIALED = ("n_embd", "n_kv_head", "total_batch_size", "num_iterations")  # in this order: each may need those before

@@ -625,3 +625,21 @@ def test_another_optimizer_does_not_resume_a_run(whole, gpt_with_muon, corpus, t
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
     assert train_tiny(corpus, tokenizer, whole.run_dir, config=recipe(), **OPTIONS).step == 26
     assert list_checkpoints(whole.run_dir)[-1] == "step_00000026"
+
+
+def test_a_depth_that_does_not_go_with_what_was_set_is_passed_over():
+    """Three key/value heads divide the heads of depths 9, 6 and 3 only."""
+    config = speedrun.Config(depth=12, n_kv_head=3, head_dim=64, attn_impl="jax")
+    assert [smaller.depth for smaller in config.smaller_models()] == [9, 6, 3]
+
+
+def test_scores_that_would_overflow_are_refused():
+    """The TPU kernels subtract no maximum: 512 channels with queries and keys times 2 could reach exp(90)."""
+    with pytest.raises(UserError, match="head_dim . score_scale"):
+        speedrun.Config(head_dim=512, qk_scale=2.0, seq_len=1024)
+    assert speedrun.Config(head_dim=512, qk_scale=2.0, seq_len=1024, attn_impl="splash").head_dim == 512
+
+
+def test_a_warm_up_in_steps_leaves_the_whole_run_to_the_warm_down():
+    """warmup_ratio counts for nothing where warmup_steps is set."""
+    assert speedrun.Config(warmdown_ratio=1.0).warmdown_ratio == 1.0

@@ -1,7 +1,6 @@
 """Training steps compiled for a v6e, and other TPUs, on this machine. Each program is compiled once."""
 
 import dataclasses
-import functools
 import importlib
 import re
 
@@ -29,16 +28,25 @@ def full_compiler():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@functools.cache
+KEPT = {}  # of programs that were compiled: a Model is no key of functools.cache
+
+
+def kept(key, make):
+    """make(), once for each key."""
+    if key not in KEPT:
+        KEPT[key] = make()
+    return KEPT[key]
+
+
 def work_on(topology, model=train.GPT):
     """The Workload of a model on a topology's devices."""
-    return train.workload(train.make_mesh(topology_devices(topology)), model)
+    make = lambda: train.workload(train.make_mesh(topology_devices(topology)), model)
+    return kept((topology, model.name), make)
 
 
-@functools.cache
 def fit_on_v6e(config, model=train.GPT):
     """The Fit of a config on one v6e."""
-    return measure(work_on("v6e:1x1", model), config)
+    return kept((config, model.name), lambda: measure(work_on("v6e:1x1", model), config))
 
 
 def count_kernels(compiled):
