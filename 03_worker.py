@@ -516,7 +516,7 @@ class Job(NamedTuple):
 def read_evaluations(run_dir):
     """The rows of metrics.jsonl that hold an evaluation, those from before an interruption included."""
     path = RunFolder(run_dir).metrics
-    rows = read_json_lines(path) if path.exists() else []
+    rows = read_json_lines(path, growing=True) if path.exists() else []
     return [row for row in rows if METRIC in row]
 
 

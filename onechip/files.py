@@ -145,9 +145,14 @@ def read_json_or_none(path):
         return None
 
 
-def read_json_lines(path):
-    """The JSON objects in a file that has one on each line, as a list of dicts; UserError as in read_json."""
-    lines = _read_text(path).removesuffix("\n").split("\n")
+def read_json_lines(path, growing=False):
+    """The JSON objects in a file that has one on each line, as a list of dicts; UserError as in read_json.
+
+    growing: another process may be writing to the file, so a last line without its newline is left out: on Linux a
+    reader can see the first part of a single write.
+    """
+    text = _read_text(path)
+    lines = (text[: text.rfind("\n") + 1] if growing else text).removesuffix("\n").split("\n")
     return [_parse_object(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)] if lines != [""] else []
 
 

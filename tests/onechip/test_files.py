@@ -237,6 +237,19 @@ def test_a_line_that_is_torn_is_named(tmp_path):
         read_json_lines(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "rows"), [("", 0), ('{"st', 0), ('{"step": 1}', 0), ('{"step": 1}\n', 1), ('{"step": 1}\n{', 1)]
+)
+def test_a_line_that_is_being_written_is_not_there_yet(tmp_path, text, rows):
+    """A reader of a growing file gets the lines that are whole; damage before the last line is still named."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    assert read_json_lines(path, growing=True) == [{"step": 1}] * rows
+    path.write_text("{\n" + text)
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 1: is not JSON"):
+        read_json_lines(path, growing=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Hashes and links
 
