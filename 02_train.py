@@ -200,6 +200,7 @@ from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_
 from onechip.lock import RunLock
 from onechip.machine import give_back_machine, open_tensorboard, read_secret
 from onechip.resume import bring_back, describe_machine, find_tokenizer
+from onechip.rows import add_rows, empty_sums, gradients, join_tables, lookup, split_tables, stack_tables, take_rows
 from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
 from onechip.session import Session
@@ -600,7 +601,7 @@ def attend(config, i, rope, start, past, q, k, v):
 # %%
 def gpt_embed(config, params, tokens, before):
     """The residual stream (B, T, D) of tokens (B, T); before (B, 1): the token just before them, -1 or None if none."""
-    return rms_norm(params["wte"][tokens])
+    return rms_norm(lookup(params["wte"], tokens))
 
 
 def attention_block(layer, x, attend, more_v=None):
@@ -910,21 +911,32 @@ def accumulate_grads(config, weights, loss, params, batch):
     """Mean loss and float32 gradients over this device's microbatches; loss(params, batch) -> float32 scalar."""
     rows = config.device_batch_size
     cast_once = cast_weights(weights, params, config.dtype)  # the float32 masters are read once a step
+    tables, others = split_tables(weights, cast_once)
+    wide, kernel = stack_tables(tables), config.attn_impl in ("splash", "pallas")
     shares = shares_of_targets(batch, rows)
     microbatches = jax.tree.map(lambda a: a.reshape(-1, rows, *a.shape[1:]), batch)
     count = len(jax.tree.leaves(microbatches)[0])
 
-    def micro_grads(one):
+    def add(total, one):
         batch, share = one
-        result = jax.tree.map(lambda g: g.astype(jnp.float32), jax.value_and_grad(loss)(cast_once, batch))
-        return result if share is None else jax.tree.map(lambda g: g * share, result)
+        loss_of = lambda others, rows: loss(join_tables(weights, rows, others), batch)
+        value, grads = jax.value_and_grad(loss_of, (0, 1))(others, take_rows(wide, tables, batch["x"]))
+        of_others, of_rows = grads
+        if share is not None:
+            value, of_others = jax.tree.map(lambda g: g.astype(jnp.float32) * share, (value, of_others))
+            of_rows = jax.tree.map(lambda g: (g * share).astype(g.dtype), of_rows)
+        loss_sum, sums, row_sums = total
+        sums = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), sums, of_others)
+        return (loss_sum + value, sums, add_rows(row_sums, batch["x"], of_rows, kernel)), None
 
+    zeros = lambda p: jnp.zeros(p.shape, jnp.float32)
+    total = jnp.zeros(()), jax.tree.map(zeros, others), empty_sums(tables)
     if count == 1:
-        return micro_grads(jax.tree.map(lambda a: a[0], (microbatches, shares)))
-    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    add = lambda total, one: (jax.tree.map(jnp.add, total, micro_grads(one)), None)
-    total, _ = jax.lax.scan(add, zero, (microbatches, shares))
-    return jax.tree.map(lambda t: t / count, total)
+        total, _ = add(total, jax.tree.map(lambda a: a[0], (microbatches, shares)))
+    else:
+        total, _ = jax.lax.scan(add, total, (microbatches, shares))
+    value, others, row_sums = jax.tree.map(lambda t: t / count, total)
+    return value, join_tables(weights, gradients(row_sums, tables), others)
 
 
 def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_entropy):

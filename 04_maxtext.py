@@ -154,6 +154,7 @@ from onechip.export import FOREIGN_WEIGHTS, copy_into, names_of_files, write_car
 from onechip.files import atomic_write, write_json
 from onechip.hub import upload_folder
 from onechip.machine import open_tensorboard, read_secret
+from onechip.rows import lookup
 from onechip.runfolder import ABOUT, RunFolder
 from onechip.settings import Run, change_default, setting
 from onechip.weights import Weight, draw_weights, normal, uniform
@@ -263,7 +264,7 @@ def gated_mlp(layer, x):
 
 def swiglu_embed(config, params, tokens, before):
     """The residual stream (B, T, D): the embedding as it is."""
-    return params["wte"][tokens]
+    return lookup(params["wte"], tokens)
 
 
 def swiglu_block(config, params, i, streams, tokens, attend):

@@ -140,11 +140,14 @@ def orthogonalize(X):
     norm = jnp.linalg.norm(X.astype(jnp.float32), axis=(1, 2), keepdims=True)
     X = X / (1.01 * norm + 1e-6).astype(X.dtype)
     wide = X.shape[1] < X.shape[2]
-    for a, b, c in POLAR_EXPRESS:
+
+    def step(X, coefficients):
+        a, b, c = coefficients.astype(X.dtype)
         A = X @ X.mT if wide else X.mT @ X
         B = b * A + c * (A @ A)
-        X = a * X + (B @ X if wide else X @ B)
-    return X
+        return a * X + (B @ X if wide else X @ B), None
+
+    return jax.lax.scan(step, X, jnp.asarray(POLAR_EXPRESS))[0]  # a loop: one step to compile, not five
 
 
 def show_orthogonalize(rows=96, columns=64, rank=32):
@@ -164,7 +167,8 @@ if LOOK:
 # %% [markdown]
 # ## Setup
 #
-# Letters are those of 02, and two more: E, the value embeddings' gate reads 12 channels; S, the smear's reads 24.
+# Letters are those of 02, and three more: E, the value embeddings' gate reads 12 channels; S, the smear's reads 24;
+# W, all key/value heads side by side.
 # Whatever is spelled `train.something` is explained there.
 
 # %%
@@ -181,6 +185,7 @@ from onechip.export import names_of_files
 from onechip.hub import upload_folder
 from onechip.layers import rms_norm
 from onechip.machine import open_tensorboard, read_secret
+from onechip.rows import lookup
 from onechip.settings import change_default, check_fields, setting
 from onechip.tables import table
 from onechip.weights import Weight, constant, normal, uniform
@@ -260,7 +265,12 @@ class Config(train.TrainConfig):
     n_layer = property(lambda self: self.depth)
     n_head = property(lambda self: self.n_embd // self.head_dim)
     mlp_dim = property(lambda self: 4 * self.n_embd)
-    sizes = property(lambda self: {**super(Config, self).sizes, "E": GATE_INPUTS, "S": SMEAR_INPUTS})
+
+    @property
+    def sizes(self):
+        """02's, and three more letters."""
+        more = {"W": self.n_kv_head * self.head_dim, "E": GATE_INPUTS, "S": SMEAR_INPUTS}
+        return {**super().sizes, **more}
 
     @property
     def windows(self):
@@ -376,7 +386,7 @@ def nanochat_weights(config):
     base = train.gpt_weights(config)
     layer = {**base["layers"][0], "c_fc": Weight("D->F", matrix(config.fc_init), "mlp")}
     values = {
-        "value_embeds": Weight("V->KH", matrix(1.0), "embed", "value_embeds"),
+        "value_embeds": Weight("V->W", matrix(1.0), "embed", "value_embeds"),
         "value_gate": Weight("E->K", gate, "attention"),
     }
     has_values = [config.value_embeds and has_value_embedding(i, config.n_layer) for i in range(config.n_layer)]
@@ -398,7 +408,7 @@ def nanochat_weights(config):
 
 def nanochat_embed(config, params, tokens, before):
     """The residual stream (B, T, D): normed embeddings, each with some of the one before it (`before` at the start)."""
-    x = rms_norm(params["wte"][tokens])
+    x = rms_norm(lookup(params["wte"], tokens))
     if not config.smear:
         return x
     if before is None:
@@ -413,7 +423,8 @@ def nanochat_embed(config, params, tokens, before):
 def gated_values(layer, tokens, x):
     """What value embeddings add to a layer's values: (B, T, K, H), for its normed input x (B, T, D)."""
     gate = 3 * jax.nn.sigmoid((x[..., :GATE_INPUTS] @ layer["value_gate"]).astype(jnp.float32))
-    return gate.astype(x.dtype)[..., None] * layer["value_embeds"][tokens]
+    values = lookup(layer["value_embeds"], tokens)
+    return gate.astype(x.dtype)[..., None] * values.reshape(*gate.shape, -1)
 
 
 def nanochat_block(config, params, i, streams, tokens, attend):

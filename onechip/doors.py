@@ -20,6 +20,7 @@ class Model(NamedTuple):
     ahead of them, -1 or None if there is none.
     block(config, params, i, streams, tokens, attend) -> (the stream after layer i, its part of the cache); streams: the
     stream after the embedding and each layer so far; attend(q, k, v) -> (B, T, N, H) and the part of the cache.
+    Embeddings with a row for each token are read with onechip.rows.lookup, of the tokens that these two are given.
     readout(config, params, streams) -> final hidden states (B, T, D), which lm_head multiplies.
     read(config, arrays) -> its parameters, by their flat names, from an export in another library's format.
     presets: {preset: fields} that suit it, "laptop" say.

@@ -332,7 +332,7 @@ def test_the_state_is_two_trees_of_moments_with_one_number_an_output():
     assert jax.tree.map(np.shape, state["mu"]) == jax.tree.map(np.shape, params)
     attention = {"c_q": (1, 4, 10), "c_k": (40, 1, 1), "c_v": (40, 1, 1), "c_proj": (1, 1, 40)}
     layer = {**attention, "c_fc": (1, 160), "mlp_proj": (160, 1)}
-    values = {"value_embeds": (31, 2, 10), "value_gate": (12, 1)}
+    values = {"value_embeds": (31, 20), "value_gate": (12, 1)}
     assert jax.tree.map(np.shape, state["nu"]) == {
         "wte": (31, 40), "lm_head": (40, 31), "layers": [layer | values, layer, layer | values],
         "resid_lambdas": (3,), "x0_lambdas": (3,), "smear_gate": (24,), "smear_lambda": (), "backout_lambda": (),

@@ -12,6 +12,7 @@ from corpus import TINY, newest, read_rows, train_tiny
 from reference import rate_reference
 
 from onechip.layers import rms_norm
+from onechip.rows import lookup
 from onechip.settings import setting
 from onechip.weights import Weight, constant, draw_weights, normal, uniform
 
@@ -36,9 +37,10 @@ def weights(config):
 
 
 def embed(config, params, tokens, before):
-    x = rms_norm(params["wte"][tokens])
-    before = jnp.full_like(tokens[:, :1], -1) if before is None else before
-    first = jnp.where(before[..., None] >= 0, rms_norm(params["wte"][jnp.maximum(before, 0)]), 0)
+    x = rms_norm(lookup(params["wte"], tokens))
+    first = jnp.zeros_like(x[:, :1])
+    if before is not None:
+        first = jnp.where(before[..., None] >= 0, rms_norm(lookup(params["wte"], jnp.maximum(before, 0))), 0)
     gate = jax.nn.sigmoid(x[..., :5] @ params["smear"])
     return x + (params["smear_lambda"] * gate)[..., None] * jnp.concatenate([first, x[:, :-1]], axis=1)
 
@@ -49,7 +51,7 @@ def block(config, params, i, streams, tokens, attend):
     def attend_with_values(q, k, v):
         if "value_embeds" in layer:
             gate = jax.nn.sigmoid(rms_norm(streams[-1])[..., :5] @ layer["gate"])
-            v = v + gate[..., None] * layer["value_embeds"][tokens]
+            v = v + gate[..., None] * lookup(layer["value_embeds"], tokens)
         return attend(q, k, v)
 
     return train.gpt_block(config, params, i, streams, tokens, attend_with_values)

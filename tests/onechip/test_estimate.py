@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from onechip.estimate import bytes_needed, kernel_cycles, least_bytes, memory_parts, step_seconds, xla_cycles
+from onechip.estimate import (
+    bytes_needed,
+    kernel_cycles,
+    least_bytes,
+    memory_parts,
+    row_cycles,
+    step_seconds,
+    xla_cycles,
+)
 
 train = importlib.import_module("02_train")
 
@@ -100,6 +108,20 @@ def test_cycles_are_summed_through_loops_within_loops():
     """
     assert xla_cycles(HLO) == 7 + 16 * (100 + 3 * 5)
     assert xla_cycles("HloModule none\n\nENTRY %m (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n") == 0
+
+
+def test_lookups_and_row_sums_are_counted_by_their_bundles():
+    """The compiler estimates neither: 96 rows of 1,280 channels read, 512 rows of 10 x 128 added; others are not."""
+    gather = "  %gather_fusion.3 = bf16[96,1280]{1,0:T(8,128)(2,1)} fusion(%a, %b), kind=kCustom, calls=%c"
+    add = (
+        "  %add_rows.8 = f32[777,10,128]{2,1,0} custom-call(%a, %b, /*index=5*/%c), "
+        'custom_call_target="tpu_custom_call", operand_layout_constraints={s32[512]{0}, s32[2]{0}, s32[2,256,1]{2,1,0}}'
+    )
+    assert row_cycles(gather) == round(96 * (7.5 + 10 * 0.72))
+    assert row_cycles(add) == round(2 * 218 * 10 + 0.6 * 512 * (39 + 2 * 10 * 512 / 937))
+    assert row_cycles('  %k.1 = f32[8] custom-call(%p), custom_call_target="tpu_custom_call"') == 0
+    lines = HLO.replace("  %k.1", add + "\n" + gather + "\n  %k.1")
+    assert xla_cycles(lines) == xla_cycles(HLO) + row_cycles(gather) + row_cycles(add)
 
 
 def test_kernel_cycles_follow_the_tiles_that_a_window_leaves():

@@ -44,7 +44,7 @@ def attention_output(layer, h, tokens, keys, sharpness):
     q, k, v = (np.tensordot(h, layer[name], 1) for name in ("c_q", "c_k", "c_v"))
     if "value_embeds" in layer:
         gate = 3 * sigmoid(h[:, :, :12] @ layer["value_gate"])
-        v = v + gate[:, :, :, None] * layer["value_embeds"][tokens]
+        v = v + gate[:, :, :, None] * layer["value_embeds"][tokens].reshape(v.shape)
     q, k = (sharpness * norm_reference(rope_reference(a, BASE)) for a in (q, k))
     return np.tensordot(attention_reference(q, k, v, keys)[0], layer["c_proj"], 2)
 
