@@ -424,14 +424,16 @@ def test_smaller_models_turn_the_dial_and_keep_what_was_set():
 
 def test_all_that_the_dial_decided_is_printed():
     """Each derived field and rate, and what the dial would have said of a field that was set."""
-    config = WITH_MUON(depth=8, total_batch_size=32, learning_rate=3.0)
+    config = WITH_MUON(depth=8, total_batch_size=32, learning_rate=3.0, x0_lr=0.5 / 3)
     lines = speedrun.describe_dial(config, speedrun.nanochat_weights(config)).splitlines()
     rows = {line.split()[0]: line for line in lines}
     assert f"{config.num_iterations:,}" in rows["num_iterations"] and "by depth" not in rows["num_iterations"]
     assert "512" in rows["n_embd"] and "32" in rows["total_batch_size"] and "by depth: 128" in rows["total_batch_size"]
-    rates = {"matrix_lr", "lm_head_lr", "embed_lr", "value_embed_lr", "resid_lr", "x0_lr"}
-    assert all("times 3 as set" in rows[name] for name in rates)
-    assert "0.2" in rows["gate_lr"] and "times" not in rows["gate_lr"] and "weight_decay" in rows
+    for name in ("matrix_lr", "lm_head_lr", "embed_lr", "value_embed_lr", "resid_lr"):  # printed to three digits
+        rate, own = rows[name].split()[1], rows[name].split()[-1]
+        assert "by depth:" in rows[name] and float(rate) == pytest.approx(3 * float(own), rel=0.01)
+    assert rows["x0_lr"].split() == ["x0_lr", "0.177"]  # three times a third of what the dial has
+    assert rows["gate_lr"].split() == ["gate_lr", "0.2"] and "weight_decay" in rows
 
 
 REFUSED = [
