@@ -233,6 +233,7 @@ tok = importlib.import_module("01_tokenizer")
 
 # %%
 ATTENTION_NAMES = ("einsum", "jax", "splash", "pallas")
+REMAT_NAMES = ("none", "dots", "all")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,6 +272,11 @@ class TrainConfig:
     keep: int = setting(2, "newest checkpoints that stay; the best one stays as well", at_least=1)
     param_seed: int = setting(42, "seed of the initial weights", fixed=True)
     loss_slice: int = setting(8192, "tokens whose logits exist at one time", at_least=1)
+    remat: str = setting(
+        "none",
+        "what gradients need of a layer and compute again: dots: all but products; all: all of it",
+        choices=REMAT_NAMES,
+    )
 
     @property
     def windows(self):
@@ -292,6 +298,11 @@ class TrainConfig:
 
     def check_sizes(self):
         """Raises UserError for sizes that cannot work; a model's Config says which."""
+
+    def recomputing(self):
+        """Configs that keep less of a layer for its gradient, most first: slower, and smaller in memory."""
+        for name in REMAT_NAMES[REMAT_NAMES.index(self.remat) + 1 :]:
+            yield dataclasses.replace(self, remat=name)
 
     def smaller_models(self):
         """Configs of smaller models, nearest first: what to propose where this one does not fit."""
@@ -651,6 +662,13 @@ def gpt_readout(config, params, streams):
 GPT = Model("02_train.GPT", Config, gpt_weights, gpt_embed, gpt_block, gpt_readout, presets=PRESETS)
 
 
+# Rematerialization (Chen et al., 2016): what of a layer is kept for its gradient; the rest is computed once more.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 def backbone(config, model, params, tokens, cache=None):
     """(final hidden states (B, T, D) in the compute type, the cache with these tokens added) for tokens (B, T) int32.
 
@@ -662,7 +680,10 @@ def backbone(config, model, params, tokens, cache=None):
         streams, added = [model.embed(config, params, tokens, before)], []
     for i in range(config.n_layer):
         attend_here = functools.partial(attend, config, i, rope, start, past[i])
-        x, kv = model.block(config, params, i, streams, tokens, attend_here)
+        block = lambda params, streams, i=i, here=attend_here: model.block(config, params, i, streams, tokens, here)
+        if config.remat != "none":
+            block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat])
+        x, kv = block(params, streams)
         streams.append(x)
         added.append(kv)
     hidden = model.readout(config, params, streams)

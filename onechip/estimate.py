@@ -61,8 +61,16 @@ def resident_bytes(count):
 
 
 def layer_inputs(config):
-    """Numbers in the inputs of all layers; activations are taken to be proportional to it."""
+    """Numbers in the inputs of all layers."""
     return config.device_batch_size * config.seq_len * config.n_layer * config.n_embd
+
+
+KEPT = {"none": 1.0, "dots": 0.25, "all": 0.05}  # share of a layer's activations with each kind of remat, counted low
+
+
+def kept_activations(config):
+    """What activations are taken to be proportional to."""
+    return layer_inputs(config) * KEPT[config.remat]
 
 
 def least_bytes(config, count):

@@ -16,7 +16,7 @@ from onechip.chips import CHIPS, GIB, memory_limit, name_of
 from onechip.errors import UserError, say, stop_here
 from onechip.estimate import (
     bytes_needed,
-    layer_inputs,
+    kept_activations,
     least_bytes,
     memory_parts,
     peak_bytes,
@@ -202,7 +202,7 @@ def nearest_that_fits(work, config, fit):
     """
     for smaller in smaller_configs(config, work.mesh.size):
         count = work.count(smaller)
-        scaled = fit.parts["activations"] * layer_inputs(smaller) / layer_inputs(config)
+        scaled = fit.parts["activations"] * kept_activations(smaller) / kept_activations(config)
         expected = max(resident_bytes(count) + scaled, least_bytes(smaller, count))
         if expected < (fit.limit_bytes or MOST_MEMORY):
             found = measure(work, smaller)
@@ -213,10 +213,11 @@ def nearest_that_fits(work, config, fit):
 
 
 def smaller_configs(config, devices):
-    """Configs that need less memory, nearest first: divisors of the batch per device, then smaller models."""
+    """Configs that need less memory, nearest first: divisors of the batch per device, remat, then smaller models."""
     per_device = config.total_batch_size // devices
     rows = [r for r in range(config.device_batch_size - 1, 0, -1) if per_device % r == 0]
     yield from (dataclasses.replace(config, device_batch_size=r) for r in rows)
+    yield from dataclasses.replace(config, device_batch_size=1).recomputing()
     yield from (dataclasses.replace(smaller, device_batch_size=1) for smaller in config.smaller_models())
 
 

@@ -512,6 +512,26 @@ def assert_slopes(grads, loss, wide):
             assert grad[i] == pytest.approx(slope, rel=1e-4, abs=1e-4 * float(np.abs(grad).max())), path
 
 
+@pytest.mark.parametrize("remat", ["dots", "all"])
+def test_remat_changes_no_loss_and_no_gradient(remat, batch, tiny_loss_and_grads):
+    """What is computed again is the same."""
+    found = loss_and_grads(replace(remat=remat), random_params(TINY), batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, tiny_loss_and_grads)
+
+
+def test_remat_computes_again_what_it_does_not_keep(batch):
+    """Products in the gradient: attention's two are computed again for `dots`, all eight of a layer for `all`."""
+
+    def products(remat):
+        config = replace(remat=remat)
+        text = str(jax.make_jaxpr(compiled_loss(config))(random_params(config), batch))
+        return text.count("dot_general[")
+
+    none, dots, all_of_it = map(products, ("none", "dots", "all"))
+    assert none + 2 * TINY.n_layer <= dots < none + 4 * TINY.n_layer
+    assert all_of_it >= none + 7 * TINY.n_layer  # nothing needs the output of the last one
+
+
 def test_loss_equals_the_reference_token_by_token(batch, tiny_loss_and_grads):
     """Cross-entropy per token and its mean equal float64 to 2e-5: targets are picked from the right row and column."""
     params = random_params(TINY)

@@ -54,6 +54,10 @@ class Toy:
     num_iterations: int = 3600
     dtype: str = "float32"
     attn_impl: str = "einsum"
+    remat: str = "none"
+
+    def recomputing(self):
+        return (dataclasses.replace(self, remat=name) for name in ("dots", "all") if self.remat == "none")
 
     def smaller_models(self):
         return (dataclasses.replace(self, n_layer=n) for n in range(self.n_layer - 1, 0, -1))
@@ -133,12 +137,14 @@ def test_a_refusal_where_the_memory_is_unknown_has_one_line_too():
 
 
 def test_smaller_configs_keep_the_batch_and_then_shrink_the_model():
-    """Divisors of the batch per device first, so that training is the same; then heads that make whole layers."""
+    """Divisors of the batch per device, then remat, so that training is the same; then heads that make whole layers."""
     smaller = list(smaller_configs(TINY, 1))
-    assert [c.device_batch_size for c in smaller[:4]] == [4, 3, 2, 1]
-    assert all(c.total_batch_size == 12 for c in smaller)
-    assert [(c.n_head, c.n_kv_head) for c in smaller[4:]] == [(3, 1)]  # no other number of heads makes whole layers
-    assert smaller[4].device_batch_size == 1
+    assert [(c.device_batch_size, c.remat) for c in smaller[:4]] == [(4, "none"), (3, "none"), (2, "none"), (1, "none")]
+    assert [(c.device_batch_size, c.remat) for c in smaller[4:6]] == [(1, "dots"), (1, "all")]
+    assert all(c.total_batch_size == 12 for c in smaller) and all(c.n_head == 6 for c in smaller[:6])
+    assert [(c.n_head, c.n_kv_head) for c in smaller[6:]] == [(3, 1)]  # no other number of heads makes whole layers
+    assert smaller[6].device_batch_size == 1 and smaller[6].remat == "none"
+    assert [c.remat for c in smaller_configs(dataclasses.replace(TINY, remat="dots"), 1)][3:5] == ["dots", "all"]
     assert [c.device_batch_size for c in smaller_configs(TINY, 2)][:3] == [3, 2, 1]
 
 
@@ -153,6 +159,15 @@ def test_a_candidate_that_cannot_fit_is_not_compiled():
         10 * GIB + 50 / 6 * GIB
     )
     assert [config.device_batch_size for config in asked[1:]] == [1]  # neither 4 nor 3 nor 2
+
+
+def test_remat_is_proposed_where_no_batch_fits():
+    """Activations of one sequence are too many, and a fifth of them are not: the model stays as it is."""
+    share = {"none": 1.0, "dots": 0.5, "all": 0.2}
+    peak_of = lambda config: (10 + 30 * config.device_batch_size * config.n_layer / 5 * share[config.remat]) * GIB
+    work, _ = toy_work(peak_of, params_of=lambda config: 10 * GIB // 12)
+    with pytest.raises(DoesNotFit, match="; device_batch_size=1, remat=dots fits, with 25 GiB"):
+        require_fit(work, Toy(device_batch_size=6))
 
 
 @pytest.mark.parametrize(

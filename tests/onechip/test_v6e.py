@@ -148,6 +148,16 @@ def test_muon_and_value_embeddings_compile_for_a_v6e():
     assert fit.fits and fit.step_seconds > 0
 
 
+def test_remat_takes_less_of_a_v6e_and_more_of_its_time():
+    """Four layers of 8 x 512 tokens: what is not kept is not there, and is computed again."""
+    config = dataclasses.replace(CHIP, n_head=4, device_batch_size=8, total_batch_size=8)
+    fits = [fit_on_v6e(dataclasses.replace(config, remat=remat)) for remat in ("none", "dots", "all")]
+    none, dots, everything = (fit.parts["activations"] for fit in fits)
+    assert everything < 0.75 * none and everything <= dots <= none
+    none, dots, everything = (fit.step_seconds for fit in fits)
+    assert none < dots <= everything < 1.5 * none
+
+
 def test_a_slice_of_eight_chips_sums_its_gradients():
     """Eight chips take an eighth of the batch each."""
     work = work_on("v6e:2x4")
