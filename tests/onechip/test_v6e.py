@@ -167,10 +167,10 @@ def test_a_slice_of_eight_chips_sums_its_gradients():
 
 
 def test_a_v5e_refuses_what_a_v6e_takes():
-    """15.75 GiB are too few for 15 GiB of tables and moments; three layers of four would fit."""
+    """15.75 GiB are too few for 15 GiB of tables and moments; two heads of four would fit."""
     tables = {"vocab_size": 5 << 18, "seq_len": 256, "loss_slice": 256}
     large = train.Config(n_head=4, aspect_ratio=128, device_batch_size=1, total_batch_size=1, **tables)
-    wanted = "GiB of the 15.75 GiB of 1 x TPU v5 lite; n_head=3, n_kv_head=3 fits, with"
+    wanted = "GiB of the 15.75 GiB of 1 x TPU v5 lite; n_head=2, n_kv_head=2 fits, with"
     with pytest.raises(DoesNotFit, match=wanted):
         require_fit(work_on("v5e:1x1"), large)
     assert require_fit(work_on("v6e:1x1"), large).fits
