@@ -170,8 +170,8 @@ def test_accumulating_equals_one_large_batch(microbatch, whole_batch):
     want_state, want_losses, want_metrics = whole_batch
     np.testing.assert_allclose(losses, want_losses, rtol=2e-6)
     assert metrics["grad_norm"] == pytest.approx(want_metrics["grad_norm"], rel=2e-5)
-    assert distance(state["opt"]["mu"], want_state["opt"]["mu"]) < 2e-5
-    assert distance(state["params"], want_state["params"]) < 2e-5
+    assert distance(state["opt"]["mu"], want_state["opt"]["mu"]) < 4e-5
+    assert distance(state["params"], want_state["params"]) < 4e-5
 
 
 def flat(tree):

@@ -153,7 +153,7 @@ def test_remat_takes_less_of_a_v6e_and_more_of_its_time():
     config = dataclasses.replace(CHIP, n_head=4, device_batch_size=8, total_batch_size=8)
     fits = [fit_on_v6e(dataclasses.replace(config, remat=remat)) for remat in ("none", "dots", "all")]
     none, dots, everything = (fit.parts["activations"] for fit in fits)
-    assert everything < 0.75 * none and everything <= dots <= none
+    assert everything < 0.85 * none and everything <= dots <= none
     none, dots, everything = (fit.step_seconds for fit in fits)
     assert none < dots <= everything < 1.5 * none
 
