@@ -323,7 +323,8 @@ def main():
     known = read_rows(args.out)
     for depth, steps in sorted({(row["depth"], row["steps"]) for row in known if "bpb" in row}):
         print(show(known, depth, steps), end="\n\n")
-    draw(known, args.out.with_suffix(".png"))
+    if any("bpb" in row for row in known):
+        draw(known, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
