@@ -200,7 +200,7 @@ from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_
 from onechip.lock import RunLock
 from onechip.machine import give_back_machine, open_tensorboard, read_secret
 from onechip.resume import bring_back, describe_machine, find_tokenizer
-from onechip.rows import add_rows, empty_sums, gradients, join_tables, lookup, split_tables, stack_tables, take_rows
+from onechip.rows import Embeddings, lookup
 from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
 from onechip.session import Session
@@ -934,34 +934,34 @@ def shares_of_targets(batch, rows):
 
 def accumulate_grads(config, weights, loss, params, batch):
     """Mean loss and float32 gradients over this device's microbatches; loss(params, batch) -> float32 scalar."""
-    rows = config.device_batch_size
     cast_once = cast_weights(weights, params, config.dtype)  # the float32 masters are read once a step
-    tables, others = split_tables(weights, cast_once)
-    wide, kernel = stack_tables(tables), config.attn_impl in ("splash", "pallas")
-    shares = shares_of_targets(batch, rows)
-    microbatches = jax.tree.map(lambda a: a.reshape(-1, rows, *a.shape[1:]), batch)
-    count = len(jax.tree.leaves(microbatches)[0])
+    embeddings, kernel = Embeddings(weights, cast_once), config.attn_impl in ("splash", "pallas")
+    shares = shares_of_targets(batch, config.device_batch_size)
+    microbatches = jax.tree.map(lambda a: a.reshape(-1, config.device_batch_size, *a.shape[1:]), batch)
+    count = len(microbatches["x"])
+
+    def grads_of(batch, share):
+        """(loss, float32 gradients of all but embeddings, gradients of the embeddings' rows)."""
+        loss_of = lambda others, rows: loss(embeddings.join(rows, others), batch)
+        value, (others, rows) = jax.value_and_grad(loss_of, (0, 1))(embeddings.others, embeddings.rows(batch["x"]))
+        found = value, jax.tree.map(lambda g: g.astype(jnp.float32), others), rows
+        return found if share is None else jax.tree.map(lambda g: (g * share).astype(g.dtype), found)
+
+    if count == 1:
+        batch, share = jax.tree.map(lambda a: a[0], (microbatches, shares))
+        value, others, rows = grads_of(batch, share)
+        return value, embeddings.join(embeddings.gradients_of(batch["x"], rows), others)
 
     def add(total, one):
-        batch, share = one
-        loss_of = lambda others, rows: loss(join_tables(weights, rows, others), batch)
-        value, grads = jax.value_and_grad(loss_of, (0, 1))(others, take_rows(wide, tables, batch["x"]))
-        of_others, of_rows = grads
-        if share is not None:
-            value, of_others = jax.tree.map(lambda g: g.astype(jnp.float32) * share, (value, of_others))
-            of_rows = jax.tree.map(lambda g: (g * share).astype(g.dtype), of_rows)
-        loss_sum, sums, row_sums = total
-        sums = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), sums, of_others)
-        return (loss_sum + value, sums, add_rows(row_sums, batch["x"], of_rows, kernel)), None
+        (batch, share), (loss_sum, sums, row_sums) = one, total
+        value, others, rows = grads_of(batch, share)
+        row_sums = embeddings.add(row_sums, batch["x"], rows, kernel)
+        return (loss_sum + value, jax.tree.map(jnp.add, sums, others), row_sums), None
 
-    zeros = lambda p: jnp.zeros(p.shape, jnp.float32)
-    total = jnp.zeros(()), jax.tree.map(zeros, others), empty_sums(tables)
-    if count == 1:
-        total, _ = add(total, jax.tree.map(lambda a: a[0], (microbatches, shares)))
-    else:
-        total, _ = jax.lax.scan(add, total, (microbatches, shares))
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), embeddings.others)
+    total, _ = jax.lax.scan(add, (jnp.zeros(()), zeros, embeddings.no_sums()), (microbatches, shares))
     value, others, row_sums = jax.tree.map(lambda t: t / count, total)
-    return value, join_tables(weights, gradients(row_sums, tables), others)
+    return value, embeddings.join(embeddings.gradients(row_sums), others)
 
 
 def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_entropy):

@@ -2,8 +2,8 @@
 
 Autodiff's gradient of `table[tokens]` is a whole table, zero but for the rows of a microbatch; writing it and adding it
 to the sum moves several hundred megabytes for each table and microbatch. Here the loss sees the rows that were looked
-up, as `Rows`; its gradient is one of rows, and `add_rows` adds those of all tables at once to float32 sums. The sums of
-a token lie side by side, so that a TPU moves them in one piece: that is a Pallas kernel. The numbers are in LOG.md.
+up, as `Rows`; its gradient is one of rows, and `Embeddings` adds those of all tables at once to float32 sums. The sums
+of a token lie side by side, so that a TPU moves them in one piece: that is a Pallas kernel. The numbers are in LOG.md.
 """
 
 import dataclasses
@@ -34,70 +34,65 @@ def lookup(table, tokens):
     return table.rows
 
 
-def is_table(weight):
-    """Whether a Weight is an embedding with a row for each token of the vocabulary."""
-    return weight.kind == "embed" and weight.letters[:1] == "V"
+class Embeddings:
+    """A model's embeddings with a row for each token of the vocabulary, tables (V, ...), taken out of its parameters.
 
-
-def split_tables(weights, tree):
-    """(the parts of a tree at the embeddings, the tree with None in their place)."""
-    leaves, treedef = jax.tree.flatten(weights)
-    parts = treedef.flatten_up_to(tree)
-    tables = [part for weight, part in zip(leaves, parts, strict=True) if is_table(weight)]
-    return tables, treedef.unflatten(None if is_table(w) else part for w, part in zip(leaves, parts, strict=True))
-
-
-def join_tables(weights, tables, others):
-    """The tree that split_tables took apart."""
-    tables, others = iter(tables), iter(jax.tree.leaves(others))
-    return jax.tree.map(lambda weight: next(tables) if is_table(weight) else next(others), weights)
-
-
-def widths_of(tables):
-    """Channels of each of several embeddings (V, ...)."""
-    return [math.prod(table.shape[1:]) for table in tables]
-
-
-def stack_tables(tables):
-    """Embeddings (V, ...) as one (V, C), all channels of a token in a row; None if there are none."""
-    return jnp.concatenate([table.reshape(len(table), -1) for table in tables], axis=1) if tables else None
-
-
-def apart(wide, tables):
-    """The columns of an array (..., C) as a list of arrays (..., *shape of a row), one for each of the embeddings."""
-    starts = itertools.accumulate(widths_of(tables), initial=0)
-    pieces = [wide[..., start : start + width] for start, width in zip(starts, widths_of(tables), strict=False)]
-    return [piece.reshape(*wide.shape[:-1], *table.shape[1:]) for piece, table in zip(pieces, tables, strict=True)]
-
-
-def take_rows(wide, tables, tokens):
-    """The Rows of tokens (B, T) for each of the embeddings, from all of them side by side (V, C)."""
-    return [Rows(rows) for rows in apart(wide[tokens], tables)] if tables else []
-
-
-def empty_sums(tables):
-    """Zero sums for the gradients of embeddings, side by side: float32 (V, S, 128); None if there are none."""
-    return jnp.zeros((len(tables[0]), -(-sum(widths_of(tables)) // 128), 128), jnp.float32) if tables else None
-
-
-def add_rows(sums, tokens, grads, kernel=False):
-    """The sums (V, S, 128) with gradients added, a list of Rows (B, T, ...), one for each embedding; tokens (B, T).
-
-    kernel: by the TPU kernel of row_kernel.py, where it can take that many tokens.
+    weights: the model's tree of Weights; params: its arrays. `others` is that tree with None for each embedding. A list
+    of `Rows` has one for each embedding, in the order of the tree; tokens are (B, T), int32.
     """
-    if not grads:
-        return sums
-    ids = tokens.reshape(-1)
-    rows = jnp.concatenate([g.rows.reshape(ids.size, -1) for g in grads], axis=1)
-    rows = jnp.pad(rows, ((0, 0), (0, sums[0].size - rows.shape[1])))
-    if kernel:
-        from onechip.row_kernel import add_by_kernel, block_rows  # here, as Pallas takes 0.3 s to import
 
-        if block := block_rows(ids.size, sums.shape[1], rows.dtype.itemsize):
-            return add_by_kernel(block, sums, ids, rows)
-    return sums.at[ids].add(rows.reshape(ids.size, -1, 128).astype(jnp.float32))
+    def __init__(self, weights, params):
+        leaves, self.treedef = jax.tree.flatten(weights)
+        self.taken = [weight.kind == "embed" and weight.letters[:1] == "V" for weight in leaves]
+        parts = list(zip(self.taken, self.treedef.flatten_up_to(params), strict=True))
+        self.tables = [part for taken, part in parts if taken]
+        self.others = self.treedef.unflatten([None if taken else part for taken, part in parts])
+        self.widths = [math.prod(table.shape[1:]) for table in self.tables]
+        flat = [table.reshape(len(table), -1) for table in self.tables]
+        self.wide = jnp.concatenate(flat, axis=1) if flat else None  # (V, C): all channels of a token side by side
 
+    def join(self, tables, others):
+        """The whole tree again, of what stands for each embedding and of what stands for the others."""
+        tables, others = iter(tables), iter(jax.tree.leaves(others))
+        return self.treedef.unflatten([next(tables if taken else others) for taken in self.taken])
 
-def gradients(sums, tables):
-    """The sums (V, S, 128) as one float32 array for each of the embeddings, in their shapes."""
-    return apart(sums.reshape(len(sums), -1), tables) if tables else []
+    def apart(self, wide):
+        """The columns of an array (..., C) as a list of arrays (..., *shape of a row), one for each embedding."""
+        starts = list(itertools.accumulate(self.widths))[:-1]
+        pieces = jnp.split(wide, starts, axis=-1)
+        return [p.reshape(*wide.shape[:-1], *t.shape[1:]) for p, t in zip(pieces, self.tables, strict=True)]
+
+    def rows(self, tokens):
+        """The Rows of tokens."""
+        return [Rows(rows) for rows in self.apart(self.wide[tokens])] if self.tables else []
+
+    def no_sums(self):
+        """Zero sums for `add`: float32 (V, S, 128), all embeddings' side by side; None if there are none."""
+        lines = -(-sum(self.widths) // 128)
+        return jnp.zeros((len(self.wide), lines, 128), jnp.float32) if self.tables else None
+
+    def add(self, sums, tokens, grads, kernel=False):
+        """The sums (V, S, 128) with the gradients of tokens added, a list of Rows.
+
+        kernel: by the TPU kernel of row_kernel.py, where it can take that many tokens.
+        """
+        if not grads:
+            return sums
+        ids = tokens.reshape(-1)
+        rows = jnp.concatenate([g.rows.reshape(ids.size, -1) for g in grads], axis=1)
+        rows = jnp.pad(rows, ((0, 0), (0, sums[0].size - rows.shape[1])))
+        if kernel:
+            from onechip.row_kernel import add_by_kernel, block_rows  # here, as Pallas takes 0.3 s to import
+
+            if block := block_rows(ids.size, sums.shape[1], rows.dtype.itemsize):
+                return add_by_kernel(block, sums, ids, rows)
+        return sums.at[ids].add(rows.reshape(ids.size, -1, 128).astype(jnp.float32))
+
+    def gradients(self, sums):
+        """The sums as one float32 array for each embedding, in its shape."""
+        return self.apart(sums.reshape(len(sums), -1)[:, : sum(self.widths)]) if self.tables else []
+
+    def gradients_of(self, tokens, grads):
+        """`gradients` of one batch alone: each embedding's in an array of its own, which takes less memory."""
+        zeros = [jnp.zeros(table.shape, jnp.float32) for table in self.tables]
+        return [zero.at[tokens].add(g.rows.astype(jnp.float32)) for zero, g in zip(zeros, grads, strict=True)]

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from configs import (
+    full_compiler,  # noqa: F401
     quick_compiler,  # noqa: F401  (a fixture for every test)
     random_batch,
     random_params,
@@ -140,11 +141,11 @@ def fresh_state(params=None):
     return jax.tree.map(jnp.array, state)
 
 
-def run_steps(config, count, params=None):
+def run_steps(config, count, params=None, step=None):
     """(state on the host, losses, metrics of the last step) after `count` steps on as many batches."""
-    state, losses = fresh_state(params), []
+    state, losses, step = fresh_state(params), [], step or compile_step(config)
     for i in range(count):
-        state, metrics = compile_step(config)(state, random_batch(config, 2 + i))
+        state, metrics = step(state, random_batch(config, 2 + i))
         losses.append(np.asarray(metrics["loss"]))
     return jax.device_get(state), losses, jax.device_get(metrics)
 
@@ -155,23 +156,29 @@ def compiled_loss(config):
     return jax.jit(jax.value_and_grad(functools.partial(train.cross_entropy, config, train.GPT)))
 
 
-@pytest.fixture(scope="module")
-def whole_batch():
-    """Three steps of 12 sequences in one microbatch, from parameters with nothing at zero."""
-    return run_steps(dataclasses.replace(STEP, device_batch_size=12), 3, random_params(STEP))
+@functools.cache
+def three_steps(microbatch):
+    """What run_steps gives for three steps of 12 sequences, `microbatch` at a time, from weights with none at zero."""
+    config = dataclasses.replace(STEP, device_batch_size=microbatch)
+    step = train.lower_step(config, train.make_mesh()).compile()
+    return run_steps(config, 3, random_params(STEP), step)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_compiler")
 @pytest.mark.parametrize("microbatch", [1, 2, 3])
-def test_accumulating_equals_one_large_batch(microbatch, whole_batch):
-    """12 sequences by 1, 2 or 3 at a time: the same losses, moments and parameters to rounding; sums are not means."""
-    config = dataclasses.replace(STEP, device_batch_size=microbatch)
-    state, losses, metrics = run_steps(config, 3, random_params(STEP))
-    want_state, want_losses, want_metrics = whole_batch
+def test_accumulating_equals_one_large_batch(microbatch):
+    """12 sequences by 1, 2 or 3 at a time: the same losses, moments and parameters to rounding; sums are not means.
+
+    Optimized, a program sums in several parts at once. One after another, 64,000 numbers in float32 are off by 2e-5 for
+    a lambda, whose gradient nearly cancels.
+    """
+    state, losses, metrics = three_steps(microbatch)
+    want_state, want_losses, want_metrics = three_steps(12)
     np.testing.assert_allclose(losses, want_losses, rtol=2e-6)
     assert metrics["grad_norm"] == pytest.approx(want_metrics["grad_norm"], rel=2e-5)
-    assert distance(state["opt"]["mu"], want_state["opt"]["mu"]) < 4e-5
-    assert distance(state["params"], want_state["params"]) < 4e-5
+    assert distance(state["opt"]["mu"], want_state["opt"]["mu"]) < 2e-5
+    assert distance(state["params"], want_state["params"]) < 2e-5
 
 
 def flat(tree):

@@ -614,16 +614,21 @@ def test_02s_model_trained_with_muon_opens(gpt_with_muon):
 
 
 @pytest.mark.usefixtures("compiled_once", "interruptible")
-def test_another_optimizer_does_not_resume_a_run(whole, gpt_with_muon, corpus, tokenizer):
+def test_another_optimizer_does_not_resume_a_run(whole, gpt_with_muon, corpus, tokenizer, tmp_path):
     """One line with both names, of 05's run and of 02's; the folder stays as it was, and trains on with its own."""
     adamw = speedrun.Config(**{f.name: getattr(recipe(), f.name) for f in dataclasses.fields(speedrun.Config)})
-    cases = [(whole.run_dir, adamw, speedrun.NANOCHAT), (gpt_with_muon[1].run_dir, tiny(), train.GPT)]
-    for folder, config, model in cases:
+    with_muon, with_adamw = gpt_with_muon[1].run_dir, train_tiny(corpus, tokenizer, tmp_path).run_dir
+    cases = [
+        (whole.run_dir, adamw, {"model": speedrun.NANOCHAT}, "adamw", "05_speedrun.MUON"),
+        (with_muon, tiny(), {}, "adamw", "05_speedrun.MUON"),
+        (with_adamw, gpt_with_muon[0], {"optimizer": speedrun.MUON}, "05_speedrun.MUON", "adamw"),
+    ]
+    for folder, config, options, now, before in cases:
         kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         with pytest.raises(UserError) as refusal:
-            train_tiny(corpus, tokenizer, folder, config=config, model=model)
+            train_tiny(corpus, tokenizer, folder, config=config, **options)
         said = str(refusal.value)
-        assert is_one_line(said) and said.startswith("optimizer='adamw': ") and "'05_speedrun.MUON'; use that" in said
+        assert is_one_line(said) and said.startswith(f"optimizer='{now}': ") and f"'{before}'; use that" in said
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
     assert train_tiny(corpus, tokenizer, whole.run_dir, config=recipe(), **OPTIONS).step == 26
     assert list_checkpoints(whole.run_dir)[-1] == "step_00000026"

@@ -26,6 +26,8 @@ from reference_muon import (
     MuonReference,
     decay_factor,
     direction,
+    exact,
+    in_bfloat16,
     momentum,
     muon_reference,
     name_of,
@@ -81,7 +83,7 @@ def random_tree(weights, config, seed, scale=1.0):
     return jax.tree.map(draw, weights)
 
 
-def narrow_tree(weights, config, seed, rank=3, noise=2e-4):
+def narrow_tree(weights, config, seed, rank=2, noise=2e-4):
     """Nearly of low rank, as gradients are: most singular values are too small for Polar Express to reach 1."""
     rng = np.random.default_rng(seed)
 
@@ -121,7 +123,7 @@ def errors_of(reference, params, state):
 # Measured: 5e-7, 2e-6 (a scalar's, which crosses 0) and, at the first steps, 1.6e-5
 ROUNDING = {"p": 2e-6, "m": 5e-6, "v": 5e-5}
 # Of a step on narrow_tree, whose small singular values grow 980 times, and their rounding with them: measured 1.1e-5
-NARROW = ROUNDING | {"p": 3e-5}
+NARROW = ROUNDING | {"p": 2e-5}
 
 
 def assert_equal_to(reference, params, state, bounds=ROUNDING):
@@ -155,7 +157,9 @@ def somewhere():
     first = speed.muon_init(ONE, ONE_WEIGHTS, second)
     take = lambda moment, v: v[tuple(slice(n) for n in moment.shape)]
     state = {"mu": narrow_tree(ONE_WEIGHTS, ONE, 4), "nu": jax.tree.map(take, first["nu"], second)}
-    return random_tree(ONE_WEIGHTS, ONE, 3, 0.03), state
+    params = random_tree(ONE_WEIGHTS, ONE, 3, 0.03)
+    params["layers"][0]["value_gate"] *= np.float32(8)  # 24 numbers: else which of them decay would be a hundredth
+    return params, state
 
 
 def reference_at(params, state):
@@ -169,7 +173,7 @@ def reference_at(params, state):
 def test_each_part_is_what_the_reference_has_and_can_be_left_out(without):
     """One step with every part, without each, and with none, equal to the reference; each changes all its matrices.
 
-    By 1 % of the step or more; none of AdamW's.
+    That is a twentieth of the step or more; of AdamW's weights nothing.
     """
     (params, state), grads = somewhere(), narrow_tree(ONE_WEIGHTS, ONE, 200)
     got, got_state = update_one(ONE, params, state, grads, 7, without)
@@ -179,7 +183,7 @@ def test_each_part_is_what_the_reference_has_and_can_be_left_out(without):
     assert_equal_to(reference, got, got_state, NARROW)
     before = named(params)
     share = {p: relative_rms(array - before[p], full.p[p] - before[p]) for p, array in named(got).items()}
-    changed = {name_of(path) for path in share if share[path] > 0.01}
+    changed = {name_of(path) for path in share if share[path] > 0.05}
     matrices = {name_of(path) for path in share if name_of(path) not in ADAMW}
     assert changed == ({"c_fc"} if without == ("shape",) else matrices if without else set()), share
 
@@ -213,14 +217,19 @@ def test_a_matrix_in_a_stack_gets_the_update_that_it_gets_alone():
 
 
 def test_bfloat16_is_the_type_of_the_products_and_of_nothing_else():
-    """Muon's updates are within 15 % of float64's and not float32's own; AdamW and the whole state stay in float32."""
+    """Muon's updates are as near float64's as an array rounded after each operation can be, and not float32's own.
+
+    Within 1.1 times that: 0.093 and 0.121 of the update, where ours are at 0.072 and 0.105. AdamW and the whole state
+    stay in float32.
+    """
     rng, config = np.random.default_rng(8), replace(dtype="bfloat16")
     P, U = (rng.normal(size=(2, 12, 37)) for _ in range(2))
     moments = np.ones((2, 1, 37))
     got, _ = speed.muon_step(config, *(np.float32(a) for a in (P, U, moments)), 0.1, 0.0)
     for i in range(2):  # with momentum 1, the gradient counts for nothing
-        want = muon_reference(P[i].T, 0 * P[i].T, U[i].T, moments[i].T, 1.0, 0.1, 0.0, config.beta2)[0].T
-        assert 1e-3 < relative_rms(got[i] - P[i], want - P[i]) < 0.15
+        args = P[i].T, 0 * P[i].T, U[i].T, moments[i].T, 1.0, 0.1, 0.0, config.beta2
+        want, rounded = (muon_reference(*args, kept=kept)[0].T - P[i] for kept in (exact, in_bfloat16))
+        assert 1e-3 < relative_rms(got[i] - P[i], want) < 1.1 * relative_rms(rounded, want)
     (params, state), grads = somewhere(), narrow_tree(ONE_WEIGHTS, ONE, 200)
     after = update_one(dataclasses.replace(ONE, dtype="bfloat16"), params, state, grads, 7)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(after)} == {"float32"}
@@ -280,9 +289,11 @@ def test_directions_have_the_norm_of_an_orthogonal_matrix():
 
 def test_a_matrix_and_its_transpose_have_transposed_updates():
     """Of all but the equilibration, which is of outputs; the second moment is of the longer side, so not if square."""
-    rng, near = np.random.default_rng(7), 2e-5
+    rng, near = np.random.default_rng(7), 1e-5
     for shape in ((9, 23), (24, 24), (41, 7)):
-        U = np.float32(rng.normal(size=(2, *shape)) * np.exp(rng.normal(size=(2, 1, shape[1]))))
+        # A square of normal numbers has singular values near 0, and rounding grows with them.
+        U = np.float32([matrix_of(shape, rng.uniform(0.2, 1, min(shape)), rng) for _ in range(2)])
+        U *= np.float32(np.exp(0.3 * rng.normal(size=(2, 1, shape[1]))))
         flipped = U.swapaxes(1, 2)
         X, Y = speed.orthogonalize(jnp.array(U)), speed.orthogonalize(jnp.array(flipped)).mT
         assert distance(Y, np.float64(X)) < near
@@ -512,7 +523,7 @@ def devices():
     code = f"import sys; sys.path[:0] = {paths}; import test_05_muon; test_05_muon.report_devices()"
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

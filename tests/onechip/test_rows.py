@@ -38,25 +38,23 @@ def tokens():
 
 def test_an_embedding_by_tokens_is_taken_out_and_put_back(params):
     """Only kind `embed` with a row a token; a table of positions stays where it is."""
-    tables, others = rows.split_tables(WEIGHTS, params)
-    assert [table.shape for table in tables] == [(V, 3, 50), (V, 40)]
-    assert others["wte"] is None and others["layers"][1]["positions"].shape == (T, 40)
-    jax.tree.map(np.testing.assert_array_equal, rows.join_tables(WEIGHTS, tables, others), params)
+    embeddings = rows.Embeddings(WEIGHTS, params)
+    assert [table.shape for table in embeddings.tables] == [(V, 3, 50), (V, 40)]
+    assert embeddings.others["wte"] is None and embeddings.others["layers"][1]["positions"].shape == (T, 40)
+    jax.tree.map(np.testing.assert_array_equal, embeddings.join(embeddings.tables, embeddings.others), params)
 
 
 def test_rows_are_those_of_the_tokens(params, tokens):
     """From all tables side by side, in each one's own shape."""
-    tables, _ = rows.split_tables(WEIGHTS, params)
-    taken = rows.take_rows(rows.stack_tables(tables), tables, tokens)
-    for table, row in zip(tables, taken, strict=True):
+    embeddings = rows.Embeddings(WEIGHTS, params)
+    for table, row in zip(embeddings.tables, embeddings.rows(tokens), strict=True):
         np.testing.assert_array_equal(rows.lookup(row, tokens), table[tokens])
         np.testing.assert_array_equal(rows.lookup(table, tokens), table[tokens])
 
 
 def test_other_tokens_than_those_looked_up_are_refused(params, tokens):
     """Rows of one batch must not pass for those of another; indexing is answered with what to write."""
-    tables, _ = rows.split_tables(WEIGHTS, params)
-    [row, _] = rows.take_rows(rows.stack_tables(tables), tables, tokens)
+    [row, _] = rows.Embeddings(WEIGHTS, params).rows(tokens)
     with pytest.raises(ValueError, match=r"rows of \(4, 24\) tokens, asked for \(4, 1\)"):
         rows.lookup(row, tokens[:, :1])
     with pytest.raises(TypeError, match="use onechip.rows.lookup"):
@@ -65,44 +63,53 @@ def test_other_tokens_than_those_looked_up_are_refused(params, tokens):
 
 def test_no_embedding_by_tokens_is_no_trouble():
     """A model without any has no sums and no rows."""
-    assert rows.stack_tables([]) is None and rows.empty_sums([]) is None
-    assert rows.take_rows(None, [], None) == [] and rows.add_rows(None, None, []) is None
-    assert rows.gradients(None, []) == []
+    none = rows.Embeddings({"c": Weight("D->F", normal(1.0), "mlp")}, {"c": np.ones((2, 3))})
+    assert none.rows(None) == [] and none.gradients(none.add(none.no_sums(), None, [])) == []
+    assert none.gradients_of(None, []) == []
+    assert none.join([], none.others)["c"].shape == (2, 3)
 
 
-def summed(tables, batches, add):
-    """Each table's gradient, float32, after adding (tokens, gradients) of several batches."""
-    sums = rows.empty_sums(tables)
+def summed(embeddings, batches, **how):
+    """Each embedding's gradient, float32, after adding (tokens, list of Rows) of several batches."""
+    sums = embeddings.no_sums()
     for tokens, grads in batches:
-        sums = add(sums, tokens, [rows.Rows(g) for g in grads])
-    return rows.gradients(sums, tables)
+        sums = embeddings.add(sums, tokens, grads, **how)
+    return embeddings.gradients(sums)
 
 
 def in_blocks(size):
-    """rows.add_rows by its kernel, in Pallas's interpreter, with no more tokens in a block than this."""
+    """`summed` by the kernel, in Pallas's interpreter, with no more tokens in a block than this."""
 
-    def add(sums, tokens, grads):
+    def add(embeddings, batches):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(row_kernel, "block_rows", lambda *args: size)
-            return rows.add_rows(sums, tokens, grads, kernel=True)
+            return summed(embeddings, batches, kernel=True)
 
     return add
 
 
+def one_by_one(embeddings, batches):
+    """The gradients of each batch alone, added."""
+    found = [embeddings.gradients_of(*batch) for batch in batches]
+    return [sum(parts) for parts in zip(*found, strict=True)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("add", [rows.add_rows, in_blocks(16), in_blocks(32)], ids=["plain", "16", "32"])
+@pytest.mark.parametrize(
+    "add", [summed, in_blocks(16), in_blocks(32), one_by_one], ids=["plain", "16", "32", "one by one"]
+)
 def test_gradients_are_summed_as_in_float64(params, tokens, add, dtype):
     """Three batches, tokens many times in one block and in several: equal to np.add.at in float64, to rounding."""
-    tables, _ = rows.split_tables(WEIGHTS, params)
+    embeddings = rows.Embeddings(WEIGHTS, params)
     rng, batches = np.random.default_rng(0), []
     for i in range(3):
-        grads = [jnp.asarray(rng.normal(size=(B, T, *table.shape[1:])), dtype) for table in tables]
+        grads = [rows.Rows(jnp.asarray(rng.normal(size=(B, T, *t.shape[1:])), dtype)) for t in embeddings.tables]
         batches.append(((tokens + i) % V, grads))
-    found = summed(tables, batches, add)
-    for n, table in enumerate(tables):
+    found = add(embeddings, batches)
+    for n, table in enumerate(embeddings.tables):
         wanted = np.zeros(table.shape)
         for ids, grads in batches:
-            np.add.at(wanted, np.asarray(ids), np.asarray(grads[n], np.float64))
+            np.add.at(wanted, np.asarray(ids), np.asarray(grads[n].rows, np.float64))
         assert found[n].dtype == jnp.float32
         np.testing.assert_allclose(found[n], wanted, rtol=0, atol=1e-5)
     assert np.abs(wanted).max() > 10

@@ -104,10 +104,10 @@ def test_every_preset_compiles_for_a_v6e(preset):
 
 
 def test_the_default_model_fits_a_v6e_with_room():
-    """All 16 layers at 4 x 2048 tokens: 7 GiB of 31.25, two kernels a layer and one, twice the plain design's speed."""
+    """All 16 layers at 4 x 2048 tokens: under 7 GiB of 31.25, two kernels a layer, twice the plain design's speed."""
     config = dataclasses.replace(train.Config(**train.PRESETS["chip"]), total_batch_size=4)
     fit = fit_on_v6e(config)
-    assert count_kernels(fit.compiled) == 2 * 16 + 1
+    assert count_kernels(fit.compiled) == 2 * 16
     assert fit.peak_bytes < 7 * GIB  # 17.4 in the plain design
     assert fit.bytes_per_token < 9e6  # 16.8e6
     assert 1e9 * fit.step_seconds / (4 * 2048) < 5290  # 10,580
@@ -136,10 +136,13 @@ def test_muon_and_value_embeddings_compile_for_a_v6e():
     config = config_with(speedrun.Config, speedrun.MuonSettings)(
         depth=2, n_embd=768, n_kv_head=6, vocab_size=2048, device_batch_size=1, total_batch_size=2
     )
-    fit = measure(train.workload(work_on("v6e:1x1").mesh, speedrun.NANOCHAT, speedrun.MUON), config)
-    text = fit.compiled.as_text()
-    assert count_kernels(fit.compiled) == 2 * 2 + 1 and config.windows == (513, 2048)
-    assert re.search(r"bf16\[(?:8,)?768,768\]\S* (?:convolution|dot|fusion)\(", text)
+    work = train.workload(work_on("v6e:1x1").mesh, speedrun.NANOCHAT, speedrun.MUON)
+    kernels = {f"attention_{pass_}_{window}" for pass_ in ("forward", "backward") for window in (513, 2048)}
+    # What is compiled names its kernels; of the program, jax 0.7.2 does not say.
+    assert set(re.findall(r'kernel_name = "(\w+)"', work.lower(config).as_text())) == {*kernels, "add_rows"}
+    fit = measure(work, config)
+    assert count_kernels(fit.compiled) == 2 * 2 + 1
+    assert re.search(r"bf16\[(?:8,)?768,768\]\S* (?:convolution|dot|fusion)\(", fit.compiled.as_text())
     # AdamW keeps two moments of each weight, Muon one and a vector.
     counts = train.count_params(config, speedrun.NANOCHAT)
     state = 12 * counts["total"] - 4 * (counts["attention"] + counts["mlp"])
@@ -167,10 +170,10 @@ def test_a_slice_of_eight_chips_sums_its_gradients():
 
 
 def test_a_v5e_refuses_what_a_v6e_takes():
-    """15.75 GiB are too few for 15 GiB of tables and moments; two heads of four would fit."""
+    """15.75 GiB are too few for 15 GiB of tables and moments; three layers of four would fit."""
     tables = {"vocab_size": 5 << 18, "seq_len": 256, "loss_slice": 256}
     large = train.Config(n_head=4, aspect_ratio=128, device_batch_size=1, total_batch_size=1, **tables)
-    wanted = "GiB of the 15.75 GiB of 1 x TPU v5 lite; n_head=2, n_kv_head=2 fits, with"
+    wanted = "GiB of the 15.75 GiB of 1 x TPU v5 lite; n_head=3, n_kv_head=3 fits, with"
     with pytest.raises(DoesNotFit, match=wanted):
         require_fit(work_on("v5e:1x1"), large)
     assert require_fit(work_on("v6e:1x1"), large).fits

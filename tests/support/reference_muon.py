@@ -6,6 +6,7 @@ One matrix at a time. What is whose is known by name here, not from a table of w
 import math
 
 import jax
+import ml_dtypes
 import numpy as np
 
 # How many axes of an array, from the left, are inputs; all that is not here is AdamW's.
@@ -106,22 +107,36 @@ def frobenius(X):
     return math.sqrt((X**2).sum())
 
 
-def polar_express(X):
-    """Five odd polynomials of degree 5 on the singular values of X (m, n), whose norm is brought to 1 / 1.01 first."""
-    X = X / (1.01 * frobenius(X) + 1e-6)
-    for a, b, c in POLYNOMIALS:
-        A = X @ X.T
-        X = a * X + (b * A + c * (A @ A)) @ X
+def exact(x):
+    """float64 as it is."""
+    return x
+
+
+def in_bfloat16(x):
+    """float64, rounded to what bfloat16 can hold."""
+    return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def polar_express(X, kept=exact):
+    """Five odd polynomials of degree 5 on the singular values of X (m, n), whose norm is brought to 1 / 1.01 first.
+
+    kept: what becomes of every array that an operation gives, here and below.
+    """
+    X = kept(X / kept(1.01 * frobenius(X) + 1e-6))
+    for a, b, c in kept(POLYNOMIALS):
+        A = kept(X @ X.T)
+        X = kept(kept(a * X) + kept(kept(kept(b * A) + kept(c * kept(A @ A))) @ X))
     return X
 
 
-def direction(U, without=()):
+def direction(U, without=(), kept=exact):
     """Steps 2 to 4 on a momentum U (m outputs, n inputs)."""
     m, n = U.shape
+    U = kept(U)
     if "equilibrate" not in without:
         lengths = np.sqrt((U**2).sum(axis=1))
-        U = U * (frobenius(U) / math.sqrt(m) / np.maximum(lengths, 1e-6))[:, None]
-    X = polar_express(U)
+        U = kept(U * kept(frobenius(U) / math.sqrt(m) / np.maximum(lengths, 1e-6))[:, None])
+    X = polar_express(U, kept)
     return X if "renormalize" in without else X * math.sqrt(min(m, n)) / max(frobenius(X), 1e-6)
 
 
@@ -133,14 +148,14 @@ def normuon(X, V, beta2):
     return Y * frobenius(X) / max(frobenius(Y), 1e-10), V
 
 
-def muon_reference(P, G, M, V, mu, rate, decay, beta2, without=()):
+def muon_reference(P, G, M, V, mu, rate, decay, beta2, without=(), kept=exact):
     """(P, M, V, doubt) after one step on a matrix (m outputs, n inputs).
 
     doubt (m, n): where the update is so near 0 that rounding decides its sign, and with it whether decay acts.
     """
     m, n = P.shape
     M = mu * M + (1 - mu) * G
-    X = direction(M if "nesterov" in without else (1 - mu) * G + mu * M, without)
+    X = direction(M if "nesterov" in without else (1 - mu) * G + mu * M, without, kept)
     if "per_neuron" not in without:
         X, V = normuon(X, V, beta2)
     if "shape" not in without:
