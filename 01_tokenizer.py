@@ -145,6 +145,7 @@ if LOOK:
 
 # %%
 import ast
+import bisect
 import concurrent.futures
 import dataclasses
 import functools
@@ -189,7 +190,6 @@ from onechip.tables import table
 # same words: `uv run 01_tokenizer.py --data fineweb --vocab_size 32768`.
 
 # %%
-FINEWEB_LAST_SHARD = 1822  # held out
 LARGEST_VOCAB = 1_000_000  # four times the largest in use; far beyond it, the library fails for want of memory
 
 
@@ -197,10 +197,8 @@ LARGEST_VOCAB = 1_000_000  # four times the largest in use; far beyond it, the l
 class Settings:
     """What 01 does when it runs."""
 
-    data: str = setting("", "offline, fineweb, or the path of a folder of parquet shards; empty: by the machine")
-    num_shards: int = setting(
-        8, "training shards to download from FineWeb-Edu, 90 MB each", at_least=1, at_most=FINEWEB_LAST_SHARD
-    )
+    data: str = setting("", "offline, fineweb, climbmix, or a folder of parquet shards; empty: by the machine")
+    num_shards: int = setting(8, "training shards to download, 90 MB each", at_least=1)
     vocab_size: int = setting(
         0, "tokens in the vocabulary, special ones included; 0: by the data", at_least=0, at_most=LARGEST_VOCAB
     )
@@ -226,6 +224,8 @@ def choose_settings(overrides=""):
     """Settings with nothing left open; prints in a line what was chosen and why."""
     settings = Settings(**parse_settings(Settings, overrides=overrides)[0])
     data = settings.data or choose_data(has_tpu())
+    if data in DATASETS:
+        check_shards(DATASETS[data], settings.num_shards)
     vocab_size = settings.vocab_size or choose_vocab_size(data)
     data_why = "as set" if settings.data else f"{'a' if has_tpu() else 'no'} TPU is here"
     vocab_why = "as set" if settings.vocab_size else "suits this data"
@@ -410,45 +410,85 @@ if LOOK:
     print(f"the first document has {len(text):,} characters and begins {text[:50]!r}")
 
 # %% [markdown]
-# ### FineWeb-Edu
+# ### FineWeb-Edu and ClimbMix
 #
-# Karpathy's shuffle of 100 billion tokens of FineWeb-Edu: 1,823 shards of 90 MB. Each is a fair sample of the whole,
-# so any eight are a good start.
+# Karpathy's shuffles of 100 billion tokens of FineWeb-Edu, in 1,823 shards of 90 MB, and of 400 billion of NVIDIA's
+# ClimbMix, in 6,543, which is what nanochat trains on since March 2026. Each shard is a fair sample of the whole, so
+# any eight are a good start.
 #
-# - The revision is pinned to a commit: the same number of shards is always the same text.
+# - FineWeb-Edu's revision is pinned to a commit. ClimbMix's is looked up once, when it is first used on a machine, and
+#   kept; a run that is resumed elsewhere brings the commit that it began with. The same number of shards of a revision
+#   is always the same text.
 # - Eight shards download at a time, each with time-outs and a few retries.
 # - A shard gets its name in the cache only if its SHA-256 is the one that the Hub lists. After an interruption only
 #   what is missing is downloaded, and a second run asks the Hub nothing at all.
 
+
+# %%
+class Dataset(NamedTuple):
+    """Parquet shards on the Hub, shard_00000.parquet and on, the last of which is held out.
+
+    revision: a commit; empty for the newest one when it is first asked for.
+    """
+
+    name: str
+    title: str
+    repo: str
+    last_shard: int
+    revision: str = ""
+
+
+FINEWEB = Dataset(
+    "fineweb-edu", "FineWeb-Edu, shuffled", "karpathy/fineweb-edu-100b-shuffle", 1822,
+    "4c8f30d6756da75362432a4d5569e1b229263b71",
+)  # fmt: skip
+CLIMBMIX = Dataset("climbmix", "ClimbMix, shuffled", "karpathy/climbmix-400b-shuffle", 6542)
+DATASETS = {"fineweb": FINEWEB, "climbmix": CLIMBMIX}  # by what --data calls them
+
 # %% cellView="form"
 # @title Downloads: several at a time, checked, complete or not there
-FINEWEB_REPO = "karpathy/fineweb-edu-100b-shuffle"
-FINEWEB_REVISION = "4c8f30d6756da75362432a4d5569e1b229263b71"
 DOWNLOADS_AT_ONCE = 8
 
 
-def list_shards(names, revision):
+def is_commit(revision):
+    """Whether a revision is a commit: a branch could be other text tomorrow."""
+    return isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def newest_revision(dataset):
+    """The commit of a dataset that was its newest when this machine first asked for it."""
+    note = home() / "revisions" / f"{dataset.name}.json"
+    known = (read_json_or_none(note) or {}).get("revision")
+    if not is_commit(known):
+        api = load_hub().HfApi(token=False)
+        known = try_again(lambda: api.dataset_info(dataset.repo).sha, f"{dataset.repo}: has not said what is newest")
+        write_json(note, {"revision": known})
+        say(f"revision: {dataset.repo} is at {known[:12]}, which stays the one for this machine ({note})")
+    return known
+
+
+def list_shards(dataset, names, revision):
     """What the Hub says of each shard, in one request: {name: RepoFile with size in bytes and SHA-256}."""
     api = load_hub().HfApi(token=False)  # public data: no login, so no expired one can be in the way
     listed = try_again(
-        lambda: api.get_paths_info(FINEWEB_REPO, names, revision=revision, repo_type="dataset"),
-        f"{FINEWEB_REPO} at {revision[:12]}: cannot be downloaded",
+        lambda: api.get_paths_info(dataset.repo, names, revision=revision, repo_type="dataset"),
+        f"{dataset.repo} at {revision[:12]}: cannot be downloaded",
     )
     listed = {file.path: file for file in listed}
     for name in names:
         if name not in listed:
-            raise UserError(f"{name}: {FINEWEB_REPO} has no such shard at {revision[:12]}; choose another revision")
+            raise UserError(f"{name}: {dataset.repo} has no such shard at {revision[:12]}; choose another revision")
     return listed
 
 
-def download_shard(name, directory, revision, sha256):
+def download_shard(dataset, name, directory, revision, sha256):
     """Downloads one shard to `directory`, under its own name only if it is complete and checked; returns its bytes."""
     hub = load_hub()
 
     def fetch():
         with atomic_write(directory / name) as part:
             hub.hf_hub_download(
-                FINEWEB_REPO, name, repo_type="dataset", revision=revision, local_dir=part.parent, token=False
+                dataset.repo, name, repo_type="dataset", revision=revision, local_dir=part.parent, token=False
             )
             arrived = hash_file(part)
             if sha256 and arrived != sha256:
@@ -456,40 +496,52 @@ def download_shard(name, directory, revision, sha256):
             try:
                 open_shard(part).close()
             except UserError as error:
-                raise UserError(str(error).replace(str(part), f"{name} of {FINEWEB_REPO}")) from None
+                raise UserError(str(error).replace(str(part), f"{name} of {dataset.repo}")) from None
             return part.stat().st_size
 
     return try_again(fetch, f"{name}: cannot be downloaded")
 
 
-def fineweb_corpus(num_shards, directory=None, revision=FINEWEB_REVISION):
-    """FineWeb-Edu: the first `num_shards` shards to train on and the dataset's last one held out; downloads once."""
-    require(1 <= num_shards <= FINEWEB_LAST_SHARD, "num_shards", num_shards, f"must be 1 to {FINEWEB_LAST_SHARD}")
-    is_commit = re.fullmatch("[0-9a-f]{40}", revision)
-    require(is_commit, "revision", revision, f"must be a commit of {FINEWEB_REPO}, 40 hexadecimal digits")
-    directory = Path(directory or home() / f"fineweb-edu-{revision[:12]}")
-    names = [f"shard_{i:05d}.parquet" for i in [*range(num_shards), FINEWEB_LAST_SHARD]]
+def check_shards(dataset, num_shards):
+    """UserError unless a dataset has that many shards to train on."""
+    last = dataset.last_shard
+    require(1 <= num_shards <= last, "num_shards", num_shards, f"must be 1 to {last}, as {dataset.name} has them")
+
+
+def hub_corpus(dataset, num_shards, directory=None, revision=""):
+    """The first `num_shards` shards of a Dataset to train on and its last one held out; downloads what is missing.
+
+    revision: a commit; empty: the dataset's own.
+    """
+    last = dataset.last_shard
+    require(
+        1 <= num_shards <= last, "num_shards", num_shards, f"must be 1 to {last}, the training shards of {dataset.name}"
+    )
+    revision = revision or dataset.revision or newest_revision(dataset)
+    require(is_commit(revision), "revision", revision, f"must be a commit of {dataset.repo}, 40 hexadecimal digits")
+    directory = Path(directory or home() / f"{dataset.name}-{revision[:12]}")
+    names = [f"shard_{i:05d}.parquet" for i in [*range(num_shards), dataset.last_shard]]
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
-        download_shards(missing, directory, revision)
+        download_shards(dataset, missing, directory, revision)
     paths = [directory / name for name in names]
     for path in paths:
         open_shard(path).close()
-    return Corpus(name="fineweb-edu", revision=revision, train=tuple(paths[:-1]), val=tuple(paths[-1:]))
+    return Corpus(name=dataset.name, revision=revision, train=tuple(paths[:-1]), val=tuple(paths[-1:]))
 
 
-def download_shards(names, directory, revision):
+def download_shards(dataset, names, directory, revision):
     """Downloads several shards at a time with one progress bar; the first that fails stops the rest."""
-    listed = list_shards(names, revision)
+    listed = list_shards(dataset, names, revision)
     size = sum(listed[name].size for name in names)
-    say(f"download: {len(names)} shards, {size / 1e6:,.0f} MB, of {FINEWEB_REPO} at {revision[:12]} to {directory}")
+    say(f"download: {len(names)} shards, {size / 1e6:,.0f} MB, of {dataset.repo} at {revision[:12]} to {directory}")
     pool = concurrent.futures.ThreadPoolExecutor(DOWNLOADS_AT_ONCE)
     with without_bars():  # one bar for all instead of one for each
         try:
             jobs = []
             for name in names:
                 sha256 = listed[name].lfs.sha256 if listed[name].lfs else None
-                jobs.append(pool.submit(download_shard, name, directory, revision, sha256))
+                jobs.append(pool.submit(download_shard, dataset, name, directory, revision, sha256))
             with progress_bar(total=size, unit="B", unit_scale=True, desc="shards") as bar:
                 for job in concurrent.futures.as_completed(jobs):
                     bar.update(job.result())
@@ -499,8 +551,9 @@ def download_shards(names, directory, revision):
 
 # %%
 if LOOK:
-    shards = list(home().glob(f"fineweb-edu-{FINEWEB_REVISION[:12]}/*.parquet"))
-    print(f"FineWeb-Edu: {len(shards)} of {FINEWEB_LAST_SHARD + 1:,} shards are on this machine")
+    for dataset in DATASETS.values():
+        shards = list(home().glob(f"{dataset.name}-*/*.parquet"))
+        print(f"{dataset.title}: {len(shards)} of {dataset.last_shard + 1:,} shards are on this machine")
 
 # %% [markdown]
 # ### A folder of your own
@@ -539,7 +592,8 @@ def hash_shards(folder, paths):
 def folder_corpus(path):
     """The parquet shards of a folder, the last one held out."""
     path = Path(path).expanduser()
-    require(path.is_dir(), "data", str(path), "is neither offline nor fineweb nor a folder of parquet shards")
+    named = ", ".join(DATASETS)
+    require(path.is_dir(), "data", str(path), f"is neither offline nor {named} nor a folder of parquet shards")
     shards = sorted(path.glob("*.parquet"))
     if len(shards) < 2:
         raise UserError(f"{path}: holds {len(shards)} parquet shards; two or more are needed, the last is held out")
@@ -549,12 +603,17 @@ def folder_corpus(path):
     return Corpus(name=path.name, revision=digest.hexdigest()[:12], train=tuple(shards[:-1]), val=tuple(shards[-1:]))
 
 
-def get_corpus(source, num_shards):
-    """The Corpus that `source` names: "offline", "fineweb" or a folder; prints in one line what and how much it is."""
+def get_corpus(source, num_shards, kept=None):
+    """The Corpus that `source` names: "offline", a key of DATASETS or a folder; prints in one line what it is.
+
+    kept: {"name", "revision"} of the data that a run began with: the revision of that name is the one to get.
+    """
     if source == "offline":
         corpus, what = offline_corpus(), "the Python standard library's own sources"
-    elif source == "fineweb":
-        corpus, what = fineweb_corpus(num_shards), "FineWeb-Edu, shuffled"
+    elif source in DATASETS:
+        dataset, kept = DATASETS[source], kept or {}
+        revision = kept.get("revision", "") if kept.get("name") == dataset.name else ""
+        corpus, what = hub_corpus(dataset, num_shards, revision=revision), dataset.title
     else:
         corpus, what = folder_corpus(source), "your own folder"
     train, val = (sum(count_rows(path) for path in paths) for paths in (corpus.train, corpus.val))
@@ -862,34 +921,92 @@ def take_documents(documents, count, chars=1_000_000):
     return taken
 
 
+BEGINNING = {"epoch": 0, "shard": 0, "row_group": 0, "document": 0}
+
+
+def encoded_documents(tokenizer, paths, place, needed, docs_per_call=32):
+    """Yields (documents, place) without end: a list of int32 arrays, <|bos|> first, and the place right after them.
+
+    place: as BEGINNING has it. 32 documents a call are enough for the encoder's threads, and few enough to have tokens
+    early. UserError if a whole epoch has no more than `needed` tokens.
+    """
+    epoch, *start = (place[name] for name in BEGINNING)
+    start = tuple(start)
+    while True:
+        documents, seen = read_documents(paths, start), 0
+        while chunk := take_documents(documents, docs_per_call):
+            encoded = [np.asarray(ids, np.int32) for ids in encode_batch(tokenizer, [text for _, text in chunk])]
+            seen += sum(map(len, encoded))
+            yield encoded, dict(zip(BEGINNING, (epoch, *chunk[-1][0]), strict=True))
+        if start == (0, 0, 0) and seen <= needed:
+            raise UserError(f"the corpus has {seen:,} tokens, too few for one batch of {needed:,}: add documents")
+        epoch, start = epoch + 1, (0, 0, 0)
+
+
 def token_stream(tokenizer, paths, batch_tokens, position=None, docs_per_call=32):
     """Yields (tokens, position): int32 (batch_tokens + 1,), whose last token opens the next batch.
 
-    position: {"epoch", "shard", "row_group", "document": ints, "tokens": int32 array of tokens left over}.
-    32 documents a call are enough for the encoder's threads, and few enough to have tokens early.
+    position: a place, and "tokens", an int32 array of those left over.
     """
-    names = ("shard", "row_group", "document")
-    position = position or {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "tokens": []}
-    epoch, place = position["epoch"], tuple(position[name] for name in names)
-    left = np.asarray(position["tokens"], np.int32)
-    whole_epoch, seen = place == (0, 0, 0), 0
+    position = position or {**BEGINNING, "tokens": []}
+    place, left = {name: position[name] for name in BEGINNING}, np.asarray(position["tokens"], np.int32)
+    documents = encoded_documents(tokenizer, paths, place, batch_tokens, docs_per_call)
     while True:
-        documents = read_documents(paths, start=place)
-        while True:
-            while len(left) > batch_tokens:
-                batch, left = left[: batch_tokens + 1], left[batch_tokens:]
-                yield batch, {"epoch": epoch, **dict(zip(names, place, strict=True)), "tokens": left}
-            chunk = take_documents(documents, docs_per_call)
-            if not chunk:
-                break
-            place = chunk[-1][0]
-            ids = encode_batch(tokenizer, [text for _, text in chunk])
-            left = np.concatenate([left, *(np.asarray(i, np.int32) for i in ids)])
-            seen += sum(map(len, ids))
-        if whole_epoch and seen <= batch_tokens:
-            raise UserError(f"the corpus has {seen:,} tokens, too few for one batch of {batch_tokens:,}: add documents")
-        epoch, place, whole_epoch, seen = epoch + 1, (0, 0, 0), True, 0
+        while len(left) > batch_tokens:
+            batch, left = left[: batch_tokens + 1], left[batch_tokens:]
+            yield batch, {**place, "tokens": left}
+        encoded, place = next(documents)
+        left = np.concatenate([left, *encoded])
 
+
+# %% [markdown]
+# ### Rows of whole documents
+#
+# A stream cut into rows begins most of them in the middle of a document. nanochat packs: every row begins with
+# `<|bos|>`, and of a thousand waiting documents the longest that still fits is put into it, again and again. Where none
+# fits, the shortest is cut to the room that is left, and its rest is dropped. A token then never sees half a sentence
+# as its whole past; the price is the text that is dropped, a third of FineWeb's at 2,048 tokens a row. The waiting
+# documents are part of the position, so this resumes as exactly as the stream.
+
+# %%
+WAITING = 1_000  # documents to choose from
+
+
+def packed_rows(tokenizer, paths, rows, length, position=None, waiting=WAITING):
+    """Yields (tokens, position): int32 (rows, length), each row beginning with a document.
+
+    position: a place; "tokens" and "lengths", int32, of the documents that wait, shortest first; how many tokens were
+    "packed" and "dropped" so far; and the "log" of a run, their share.
+    """
+    position = position or {**BEGINNING, "tokens": [], "lengths": [], "packed": 0, "dropped": 0}
+    place, packed, dropped = {name: position[name] for name in BEGINNING}, position["packed"], position["dropped"]
+    lengths = np.asarray(position["lengths"], np.int64)
+    held = [piece for piece in np.split(np.asarray(position["tokens"], np.int32), np.cumsum(lengths)) if len(piece)]
+    documents = encoded_documents(tokenizer, paths, place, rows * length)
+    while True:
+        batch = np.empty((rows, length), np.int32)
+        for row in batch:
+            filled = 0
+            while filled < length:
+                while len(held) < waiting:
+                    encoded, place = next(documents)
+                    for document in encoded:
+                        bisect.insort(held, document, key=len)
+                fits = bisect.bisect_right(held, length - filled, key=len)
+                document = held.pop(max(0, fits - 1))
+                part = document[: length - filled]
+                row[filled : filled + len(part)] = part
+                filled, dropped = filled + len(part), dropped + len(document) - len(part)
+        packed += batch.size
+        state = {"tokens": np.concatenate(held), "lengths": np.asarray(list(map(len, held)), np.int32)}
+        counts = {"packed": packed, "dropped": dropped, "log": {"dropped_tokens": dropped / (packed + dropped)}}
+        yield batch, {**place, **state, **counts}
+
+
+if LOOK:
+    packed, place = next(packed_rows(small, offline_corpus().train, 8, 257))
+    openings = (packed == small.token_to_id(BOS)).sum(axis=1)
+    print(f"documents begun in each row: {openings.tolist()}; {place['log']['dropped_tokens']:.0%} of tokens dropped")
 
 # %% [markdown]
 # The held-out set is a fixed number of tokens, cut into rows once, so that a run with another batch size is scored on

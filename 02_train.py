@@ -199,7 +199,7 @@ from onechip.hub import open_mirror, upload_folder
 from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_and_norm, soft_cap
 from onechip.lock import RunLock
 from onechip.machine import give_back_machine, open_tensorboard, read_secret
-from onechip.resume import bring_back, describe_machine, find_tokenizer
+from onechip.resume import bring_back, describe_machine, find_data, find_tokenizer
 from onechip.rows import Embeddings, lookup
 from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
@@ -234,6 +234,7 @@ tok = importlib.import_module("01_tokenizer")
 # %%
 ATTENTION_NAMES = ("einsum", "jax", "splash", "pallas")
 REMAT_NAMES = ("none", "dots", "all")
+PACKING_NAMES = ("stream", "best-fit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,6 +271,9 @@ class TrainConfig:
     save_every: int = setting(1000, "steps between checkpoints; 0: by the clock and before the above", at_least=0)
     save_minutes: float = setting(15.0, "minutes between checkpoints at most; 0 for no such limit", at_least=0)
     keep: int = setting(2, "newest checkpoints that stay; the best one stays as well", at_least=1)
+    packing: str = setting(
+        "stream", "rows cut from one stream, or each begun by a document", fixed=True, choices=PACKING_NAMES
+    )
     param_seed: int = setting(42, "seed of the initial weights", fixed=True)
     loss_slice: int = setting(8192, "tokens whose logits exist at one time", at_least=1)
     remat: str = setting(
@@ -1076,10 +1080,10 @@ def show_fit(config, topology="", model=GPT, **parts):
 # ## Data
 #
 # `tok.token_stream` (01) turns documents into one endless stream of tokens, and a batch is the next piece of it:
-# nothing is padded, nothing thrown away. A sequence may begin in the middle of a document; with 2048 tokens of context
-# that costs less than the padding it saves. Each batch comes with the stream's position right after it, so that
-# another process can resume at the very next token. A thread (`onechip/loader.py`) keeps the next batches ready on the
-# device.
+# nothing is padded, nothing thrown away, and a sequence may begin in the middle of a document. With
+# `packing="best-fit"` each begins with one, as nanochat has it (`tok.packed_rows`); what that drops is in the log. Each
+# batch comes with its position in the data, so that another process can resume at the very next token. A thread
+# (`onechip/loader.py`) keeps the next batches ready on the device.
 #
 # The score is **bits per byte** on held-out rows, always the same ones. Another tokenizer cannot flatter it. The bar
 # to pass is `gzip -9` on the same bytes, 2.1 to 2.5.
@@ -1090,6 +1094,21 @@ def batches_from(stream, config):
     """Yields ({"x", "y"}, position) from a token stream: int32 (total_batch_size, T), y being x one token later."""
     for tokens, position in stream:
         yield {"x": tokens[:-1].reshape(-1, config.seq_len), "y": tokens[1:].reshape(-1, config.seq_len)}, position
+
+
+def batches_of_rows(rows):
+    """The same from packed rows (total_batch_size, T + 1)."""
+    for tokens, position in rows:
+        yield {"x": tokens[:, :-1], "y": tokens[:, 1:]}, position
+
+
+def pretraining_batches(config, corpus, tokenizer, position=None):
+    """Batches of a corpus from a position on, by the config's packing."""
+    if config.packing == "best-fit":
+        length = config.seq_len + 1
+        return batches_of_rows(tok.packed_rows(tokenizer, corpus.train, config.total_batch_size, length, position))
+    batch_tokens = config.total_batch_size * config.seq_len
+    return batches_from(tok.token_stream(tokenizer, corpus.train, batch_tokens, position), config)
 
 
 def make_evaluator(config, model, mesh, held_out, token_bytes):
@@ -1118,12 +1137,11 @@ def pretraining(config, corpus, tokenizer):
     """The Task of predicting each next token of a corpus; UserError if corpus, tokenizer and config do not agree."""
     check_vocabulary(config, tokenizer)
     held_out = tok.load_held_out(tokenizer, corpus, config.eval_tokens, config.seq_len)
-    lengths, batch_tokens = tok.token_byte_lengths(tokenizer), config.total_batch_size * config.seq_len
-    stream = functools.partial(tok.token_stream, tokenizer, corpus.train, batch_tokens)
+    lengths = tok.token_byte_lengths(tokenizer)
     data = {"name": corpus.name, "revision": corpus.revision, "shards": len(corpus.train)}
-    dataset = tok.FINEWEB_REPO if corpus.name == "fineweb-edu" else ""
+    dataset = next((dataset.repo for dataset in tok.DATASETS.values() if dataset.name == corpus.name), "")
     return Task(
-        batches=lambda position: batches_from(stream(position), config),
+        batches=functools.partial(pretraining_batches, config, corpus, tokenizer),
         loss=cross_entropy,
         score=lambda config, model, mesh: make_evaluator(config, model, mesh, held_out, lengths),
         metric="val_bpb",
@@ -1322,9 +1340,9 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
     """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer, mirror)."""
     mirror, folder = open_mirror(run, hub_token), RunFolder(Path(run.out) / run.name)
     accept = [name for name, given in (("data", run.other_data), ("owner", run.take_over)) if given]
-    corpus = tok.get_corpus(run.data, run.num_shards)
     with RunLock(folder.lock, run.take_over) as lock:
         bring_back(folder, mirror)
+        corpus = tok.get_corpus(run.data, run.num_shards, find_data(folder))
         kept = find_tokenizer(folder)  # a run keeps the one it began with: its ids are what the model has learned
         tokenizer = tok.load_tokenizer(kept) if kept else tok.get_tokenizer(corpus, config.vocab_size)
         task = pretraining(config, corpus, tokenizer)

@@ -290,7 +290,7 @@ def make_sweep(settings, run, config, space, corpus):
     optimizer, tokens = run.optimizer or OPTIMIZER_OF[settings.model], count_tokens(config)
     model = train.model_named(settings.model)
     size = tokens if settings.budget == "tokens" else tokens * train.flops_per_token(config, model)
-    data = run.data if run.data in ("offline", "fineweb") else ""  # a folder's path is each worker's own
+    data = run.data if run.data in ("offline", *tok.DATASETS) else ""  # a folder's path is each worker's own
     origin = (git_commit() or "", data, corpus.name, corpus.revision, run.num_shards)
     origin += (settings.budget, size, settings.evaluations, settings.model, optimizer)
     values = fixed | dict(zip(ORIGIN, origin, strict=True))
@@ -1179,7 +1179,8 @@ def open_sweep(overrides):
         path = full_path(settings.sweep, settings.project)
         backend = WandbSweep(path, out, settings.give_up)
         fixed = constants(backend.sweep)
-        corpus = tok.get_corpus(asked.data or fixed["data"] or run.data, fixed["num_shards"])
+        data = {"name": fixed["data_name"], "revision": fixed["data_revision"]}
+        corpus = tok.get_corpus(asked.data or fixed["data"] or run.data, fixed["num_shards"], data)
     else:
         corpus = tok.get_corpus(run.data, run.num_shards)
         sweep = make_sweep(settings, run, config, space_of(name, chosen, run.preset), corpus)

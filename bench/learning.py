@@ -15,7 +15,6 @@ takes r times as long could make 1 / r of the steps, and bits per byte fall by S
 """
 
 import argparse
-import bisect
 import collections
 import dataclasses
 import functools
@@ -26,7 +25,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -36,7 +34,6 @@ tok = train.tok
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from matplotlib import pyplot
 
 from onechip.chips import GIB, topology_devices
@@ -55,7 +52,6 @@ class Variant:
     fields: dict = dataclasses.field(default_factory=dict)
     optimizer: train.Optimizer = speedrun.MUON
     model: train.Model = speedrun.NANOCHAT
-    task: Callable = train.pretraining
 
 
 def stack_shapes(config, weights):
@@ -90,43 +86,6 @@ def soap(config, G, U, bases, step, decay=0.95, every=1):
 SOAP = speedrun.MUON._replace(init=soap_init, update=functools.partial(speedrun.muon_update, precondition=soap))
 
 
-def endless_documents(corpus, tokenizer):
-    """Yields each document's tokens, <|bos|> first, again and again."""
-    while True:
-        for _, text in tok.read_documents(corpus.train):
-            yield tok.encode_batch(tokenizer, [text])[0]
-
-
-def best_fit_rows(documents, length, held=1000):
-    """Yields rows (length,) that begin with a document, filled from `held` documents by the largest that fits.
-
-    Where none fits, the shortest is cut to the room that is left and its rest is dropped, as nanochat packs.
-    """
-    waiting, serial = [], itertools.count()
-    while True:
-        row = []
-        while len(row) < length:
-            while len(waiting) < held:
-                ids = next(documents)
-                bisect.insort(waiting, (len(ids), next(serial), ids))
-            room = length - len(row)
-            fits = bisect.bisect_right(waiting, (room, math.inf)) - 1
-            row += waiting.pop(max(fits, 0))[2][:room]
-        yield np.asarray(row, np.int32)
-
-
-def best_fit(config, corpus, tokenizer):
-    """Pretraining on rows of whole documents instead of one stream."""
-
-    def batches(position):
-        rows = best_fit_rows(endless_documents(corpus, tokenizer), config.seq_len + 1)
-        while True:
-            tokens = np.stack(list(itertools.islice(rows, config.total_batch_size)))
-            yield {"x": tokens[:, :-1], "y": tokens[:, 1:]}, None
-
-    return train.pretraining(config, corpus, tokenizer)._replace(batches=batches)
-
-
 def without(*parts):
     """05's Muon without some of its parts."""
     return speedrun.MUON._replace(update=functools.partial(speedrun.muon_update, without=parts))
@@ -159,7 +118,7 @@ VARIANTS = {
     "warmdown-0.85-to-0": Variant(
         "warm-down over 85 % of the run, to 0", {"warmdown_ratio": 0.85, "final_lr_frac": 0.0}
     ),
-    "best-fit": Variant("rows that begin with a document, packed by best fit", task=best_fit),
+    "best-fit": Variant("rows that begin with a document", {"packing": "best-fit"}),
     "soap": Variant("SOAP on the shorter side before Muon", optimizer=SOAP),
     "warmup-10": Variant("10 steps of warm-up", {"warmup_steps": 10}),
     "x1": Variant("rates as the dial has them", {"learning_rate": 1.0}),
@@ -187,7 +146,7 @@ def learn(variant, config, corpus, tokenizer, every, decays=()):
     decays: of running averages of the weights over the whole run, which are scored at the end: {"average": decay, ...}.
     """
     mesh = train.make_mesh()
-    task = variant.task(config, corpus, tokenizer)
+    task = train.pretraining(config, corpus, tokenizer)
     state = train.init_state(config, mesh, variant.model, variant.optimizer)
     step = train.make_train_step(config, mesh, variant.model, variant.optimizer, task.loss)
     score, start = task.score(config, variant.model, mesh), time.perf_counter()

@@ -37,12 +37,14 @@ def compare_with_checkpoint(path, config, origin, accept=()):
         way_out = " or set --other_data true" if name == "data" else ""
         remedy = f"{path} was trained with {was.get(name)!r}; use that, give the new run another name{way_out}"
         require(name in accept or may_change(name, was.get(name), origin[name]), name, origin[name], remedy)
-    before, now = read_json(Path(path) / CONFIG), dataclasses.asdict(config)
+    now = dataclasses.asdict(config)
+    # A field that is younger than the checkpoint has a default that does what was done before it.
+    before = {field.name: field.default for field in dataclasses.fields(config)} | read_json(Path(path) / CONFIG)
     fixed = fixed_fields(config)
-    for name in (name for name in now if now[name] != before.get(name)):
-        remedy = f"{path} was trained with {before.get(name)!r}; set that, or give the new run another name"
+    for name in (name for name in now if now[name] != before[name]):
+        remedy = f"{path} was trained with {before[name]!r}; set that, or give the new run another name"
         require(name not in fixed, name, now[name], remedy)
-        say(f"changed: {name} is {now[name]!r}, was {before.get(name)!r} up to here")
+        say(f"changed: {name} is {now[name]!r}, was {before[name]!r} up to here")
     for name in changed:
         say(f"changed: {name} is {origin[name]}, was {was.get(name)} up to here")
 
@@ -71,3 +73,11 @@ def find_tokenizer(folder):
     newest = newest_checkpoint(folder.checkpoints)
     places = ([newest / TOKENIZER] if newest else []) + [folder.tokenizer]
     return next((path for path in places if path.exists()), None)
+
+
+def find_data(folder):
+    """{"name", "revision", ...} of the data that the run in a RunFolder began with; empty if it has not begun."""
+    newest = newest_checkpoint(folder.checkpoints)
+    made_from = read_json(newest / STATE).get("made_from") if newest else None
+    data = made_from.get("data") if isinstance(made_from, dict) else None
+    return data if isinstance(data, dict) else {}

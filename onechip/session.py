@@ -108,9 +108,9 @@ class Session:
     def begin(self, state, batches, place, *, peak_rate=None, facts=None, files=None):
         """Opens what training needs: log, profile, writer, loader. Nothing of the run is written before this.
 
-        batches(position) yields (batch, position after it); place puts a batch on the device. peak_rate: tokens/s at
-        the devices' peak FLOP/s, for MFU; facts: more JSON for config.json; files: {name: bytes} that the run's folder
-        and every checkpoint hold.
+        batches(position) yields (batch, position after it); a position's "log", a dict, goes into the evaluations'
+        rows. place puts a batch on the device. peak_rate: tokens/s at the devices' peak FLOP/s, for MFU; facts: more
+        JSON for config.json; files: {name: bytes} that the run's folder and every checkpoint hold.
         """
         config, folder = self.config, self.folder
         self.state, self.step = state, int(state["step"])
@@ -194,7 +194,7 @@ class Session:
         if best is None or score < best:
             self._record |= {"best_step": self.step, "best_score": score}
         self.log.show(val=f"{scores['val_bpb']:.3f} bpb" if "val_bpb" in scores else f"{scores['val_loss']:.3f}")
-        self.log.write({"step": self.step, **scores})
+        self.log.write({"step": self.step, **scores, **(self.position or {}).get("log", {})})
         plot_losses(self.log.rows, self.folder.picture, self._gzip_bpb)
         show_picture(self.folder.picture)
 

@@ -509,7 +509,7 @@ def test_unchanged_shards_are_hashed_once(tmp_path, monkeypatch):
 
 def test_bad_folders_are_refused(tmp_path):
     """No such folder, no shard to hold out, a bad shard among good ones, no documents: one line each."""
-    with pytest.raises(UserError, match="data='finewebb': is neither offline nor fineweb nor a folder"):
+    with pytest.raises(UserError, match="data='finewebb': is neither offline nor fineweb, climbmix nor a folder"):
         tok.get_corpus("finewebb", 1)
     write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(UserError) as error:
@@ -552,13 +552,21 @@ def test_bad_tokenizer_files_are_refused(tokenizer, tmp_path):
         assert str(path) in one_line(error)
 
 
+def test_more_shards_than_a_dataset_has_are_refused_at_once():
+    """In the settings already, by the dataset that is chosen."""
+    for words, last in (("--data fineweb --num_shards 1823", 1822), ("--data climbmix --num_shards 6543", 6542)):
+        with pytest.raises(UserError, match=f"num_shards={last + 1}: must be 1 to {last}"):
+            tok.choose_settings(words)
+    assert tok.choose_settings("--data climbmix --num_shards 6542").num_shards == 6542
+
+
 def test_fineweb_arguments_are_checked():
     """A number of shards or a revision that cannot be is refused before anything is asked of the Hub."""
     for number in (0, 1823):
         with pytest.raises(UserError, match=f"num_shards={number}: must be 1 to 1822"):
-            tok.fineweb_corpus(number)
+            tok.hub_corpus(tok.FINEWEB, number)
     with pytest.raises(UserError, match="revision='main': must be a commit"):
-        tok.fineweb_corpus(1, revision="main")
+        tok.hub_corpus(tok.FINEWEB, 1, revision="main")
 
 
 # ---- settings, table and picture
@@ -575,7 +583,7 @@ def test_settings_by_machine_and_by_hand(monkeypatch, capsys):
     chosen = tok.choose_settings("--data fineweb --num_shards 2 --vocab_size 4096")
     assert (chosen.data, chosen.num_shards, chosen.vocab_size) == ("fineweb", 2, 4096)
     assert capsys.readouterr().out.count("as set") == 2
-    for words in ("--num_shards 0", "--num_shards -3", "--num_shards 1823", "--vocab_size -1", "--vocab_size 1000001"):
+    for words in ("--num_shards 0", "--num_shards -3", "--vocab_size -1", "--vocab_size 1000001"):
         with pytest.raises(UserError, match=words.removeprefix("--").replace(" ", "=")):
             tok.choose_settings(words)
     for words in ("--max_train_chars 0", "--max_doc_chars 0"):
@@ -673,8 +681,8 @@ def finish(process):
 
 def add_fineweb(hub, count):
     """A FineWeb-Edu of `count` training shards and the last one, at the pinned revision."""
-    files = {f"shard_{i:05d}.parquet": shard_bytes(i) for i in [*range(count), tok.FINEWEB_LAST_SHARD]}
-    hub.add_repo(tok.FINEWEB_REPO, files, "dataset", commit=tok.FINEWEB_REVISION)
+    files = {f"shard_{i:05d}.parquet": shard_bytes(i) for i in [*range(count), tok.FINEWEB.last_shard]}
+    hub.add_repo(tok.FINEWEB.repo, files, "dataset", commit=tok.FINEWEB.revision)
     return files
 
 
@@ -690,8 +698,8 @@ def test_download_survives_faults_and_is_not_repeated(tmp_path):
             Fault("GET", "shard_00004", short=True),
             Fault("GET", "shard_00005", flip=True),
         ]
-        code = "corpus = tok.fineweb_corpus(6)\nprint(corpus.revision, len(corpus.train), corpus.val[0].name)"
-        wanted = f"{tok.FINEWEB_REVISION} 6 shard_01822.parquet"
+        code = "corpus = tok.hub_corpus(tok.FINEWEB, 6)\nprint(corpus.revision, len(corpus.train), corpus.val[0].name)"
+        wanted = f"{tok.FINEWEB.revision} 6 shard_01822.parquet"
         # The data is public: an expired login of the user's must not be in its way.
         assert finish(run_client(hub, tmp_path, code, HF_TOKEN="hf_expired")).splitlines()[-1] == wanted
         assert [fault.times for fault in hub.faults] == [0] * 6 and not hub.unknown
@@ -708,16 +716,16 @@ def test_downloads_that_cannot_succeed_are_refused(tmp_path):
     with Hub() as hub:
         files = add_fineweb(hub, 3)
         files["shard_00001.parquet"] = b"not parquet, and truly so on the Hub"
-        hub.add_repo(tok.FINEWEB_REPO, files, "dataset", commit="b" * 40)
+        hub.add_repo(tok.FINEWEB.repo, files, "dataset", commit="b" * 40)
         del files["shard_00000.parquet"]
-        hub.add_repo(tok.FINEWEB_REPO, files, "dataset", commit="c" * 40)
+        hub.add_repo(tok.FINEWEB.repo, files, "dataset", commit="c" * 40)
         fifty = {f"shard_{i:05d}.parquet": b"" for i in range(50) if i != 37}
-        hub.add_repo(tok.FINEWEB_REPO, fifty | {"shard_01822.parquet": b""}, "dataset", commit="e" * 40)
-        hub.faults = [Fault("GET", f"/{tok.FINEWEB_REVISION}/shard_00002", flip=True, times=100)]
+        hub.add_repo(tok.FINEWEB.repo, fifty | {"shard_01822.parquet": b""}, "dataset", commit="e" * 40)
+        hub.faults = [Fault("GET", f"/{tok.FINEWEB.revision}/shard_00002", flip=True, times=100)]
         code = (
             "asked = [(2, 'b' * 40), (1, 'c' * 40), (1, 'd' * 40), (50, 'e' * 40)]\n"
-            "for number, revision in ((3, tok.FINEWEB_REVISION), *asked):\n"
-            "    try:\n        tok.fineweb_corpus(number, revision=revision)\n"
+            "for number, revision in ((3, tok.FINEWEB.revision), *asked):\n"
+            "    try:\n        tok.hub_corpus(tok.FINEWEB, number, revision=revision)\n"
             "    except UserError as error:\n        print('refused', error)\n"
         )
         said = [line for line in finish(run_client(hub, tmp_path, code)).splitlines() if line.startswith("refused")]
@@ -728,10 +736,33 @@ def test_downloads_that_cannot_succeed_are_refused(tmp_path):
         assert "dddddddddddd" in said[3] and "attempts" not in said[3]
         assert "shard_00037" in said[4] and "no such shard" in said[4] and not hub.count("GET", "e{40}")
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-        assert f"fineweb-edu-{tok.FINEWEB_REVISION[:12]}/shard_00000.parquet" in left
+        assert f"fineweb-edu-{tok.FINEWEB.revision[:12]}/shard_00000.parquet" in left
         assert not [
             name for name in left if "shard_00002" in name or name.startswith("fineweb-edu-bbb") and "00001" in name
         ]
+
+
+def test_a_revision_is_looked_up_once_and_a_run_keeps_its_own(tmp_path):
+    """ClimbMix: the newest commit when it is first used, whatever comes after; resumed elsewhere, the run's own."""
+    names = [f"shard_{i:05d}.parquet" for i in (0, 1, tok.CLIMBMIX.last_shard)]
+    with Hub() as hub:
+        for commit in ("a", "b"):
+            files = {name: shard_bytes(10 * i + ord(commit)) for i, name in enumerate(names)}
+            hub.add_repo(tok.CLIMBMIX.repo, files, "dataset", commit=commit * 40)
+            code = "print('got', tok.get_corpus('climbmix', 2).revision)"
+            assert f"got {'a' * 40}" in finish(run_client(hub, tmp_path, code)).splitlines()
+        asked = len(hub.requests)
+        finish(run_client(hub, tmp_path, code))
+        assert len(hub.requests) == asked
+        kept = {"name": "climbmix", "revision": "a" * 40}
+        code = f"corpus = tok.get_corpus('climbmix', 2, {kept})\nprint('got', corpus.revision, corpus.train[0].parent)"
+        elsewhere = tmp_path / "elsewhere"
+        assert f"got {'a' * 40} {elsewhere / ('climbmix-' + 'a' * 12)}" in finish(run_client(hub, elsewhere, code))
+        code = f"print('got', tok.get_corpus('climbmix', 2, {kept | {'name': 'stdlib'}}).revision)"
+        assert f"got {'b' * 40}" in finish(run_client(hub, elsewhere, code))
+        hub.faults = [Fault("GET", "/api/datasets/.*climbmix", status=500, times=100)]
+        client = run_client(hub, tmp_path / "third", "tok.get_corpus('climbmix', 2)")
+        assert "has not said what is newest after 5 attempts" in client.communicate(timeout=60)[1]
 
 
 def test_a_killed_download_resumes(tmp_path):
@@ -739,8 +770,8 @@ def test_a_killed_download_resumes(tmp_path):
     with Hub() as hub:
         files = add_fineweb(hub, 2)
         hub.faults = [Fault("GET", "shard_00001", stall=True, times=9)]
-        process = run_client(hub, tmp_path, "tok.fineweb_corpus(2)")
-        folder = tmp_path / f"fineweb-edu-{tok.FINEWEB_REVISION[:12]}"
+        process = run_client(hub, tmp_path, "tok.hub_corpus(tok.FINEWEB, 2)")
+        folder = tmp_path / f"fineweb-edu-{tok.FINEWEB.revision[:12]}"
         deadline = time.monotonic() + 30
         others = [folder / "shard_00000.parquet", folder / "shard_01822.parquet"]
         while not (hub.count("GET", "cdn.*00001") and all(path.exists() for path in others)):
@@ -751,7 +782,7 @@ def test_a_killed_download_resumes(tmp_path):
         assert not (folder / "shard_00001.parquet").exists()
         hub.faults.clear()
         before = hub.count("GET", "cdn.*(00000|01822)")
-        finish(run_client(hub, tmp_path, "tok.fineweb_corpus(2)"))
+        finish(run_client(hub, tmp_path, "tok.hub_corpus(tok.FINEWEB, 2)"))
         assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == files
         assert hub.count("GET", "cdn.*(00000|01822)") == before
 

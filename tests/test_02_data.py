@@ -102,6 +102,117 @@ def test_an_empty_corpus_does_not_spin(tmp_path, tokenizer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Rows of whole documents
+
+WAITING = 19
+
+
+def best_fit(documents, rows, length, waiting):
+    """Rows (rows, length) of best-fit packing, slowly: a list of lists; and how many tokens were dropped."""
+    held, out, dropped = [], [], 0
+    for _ in range(rows):
+        row = []
+        while len(row) < length:
+            while len(held) < waiting:  # the source gives 32 at a time
+                held += [next(documents) for _ in range(32)]
+            room, lengths = length - len(row), [len(document) for document in held]
+            fitting = [n for n in lengths if n <= room]
+            # Of several that are as long, the last to come; of the shortest, the first.
+            at = len(held) - 1 - lengths[::-1].index(max(fitting)) if fitting else lengths.index(min(lengths))
+            chosen = held.pop(at)
+            row += chosen[:room]
+            dropped += max(0, len(chosen) - room)
+        out.append(row)
+    return out, dropped
+
+
+def encoded(corpus, tokenizer):
+    """Each training document's ids, <|bos|> first, read without the code under test."""
+    bos = tokenizer.token_to_id("<|bos|>")
+    return [[bos, *tokenizer.encode(text).ids] for text in texts_of(corpus.train)]
+
+
+@pytest.mark.parametrize("length", [9, 40, 150])
+def test_rows_are_packed_by_best_fit(corpus, tokenizer, length, monkeypatch):
+    """As a slow packer has them, in rows shorter and longer than documents; what was dropped is counted."""
+    documents = encoded(corpus, tokenizer) * 3
+    every = list(itertools.islice(itertools.cycle(documents), 2000))
+    monkeypatch.setattr(tok, "encoded_documents", lambda *args, **more: in_groups(every))
+    packed = tok.packed_rows(tokenizer, corpus.train, 4, length, waiting=WAITING)
+    batches = [next(packed) for _ in range(6)]
+    want, dropped = best_fit(iter(every), 24, length, WAITING)
+    np.testing.assert_array_equal(np.concatenate([tokens for tokens, _ in batches]), want)
+    last = batches[-1][1]
+    assert (last["packed"], last["dropped"]) == (24 * length, dropped) and dropped > 0
+    assert last["log"]["dropped_tokens"] == dropped / (24 * length + dropped)
+
+
+def in_groups(documents):
+    """(32 documents as arrays, a place) at a time."""
+    for i in range(0, len(documents), 32):
+        yield [np.asarray(document, np.int32) for document in documents[i : i + 32]], dict(tok.BEGINNING, document=i)
+
+
+def test_packed_rows_begin_with_a_document_and_hold_every_document_once_an_epoch(corpus, tokenizer):
+    """Two epochs: each row is made of the beginnings of documents, each of which comes in one row an epoch or waits."""
+    bos = tokenizer.token_to_id("<|bos|>")
+    known = encoded(corpus, tokenizer)
+    rows = tok.packed_rows(tokenizer, corpus.train, 3, 61, waiting=WAITING)
+    seen = 0
+    while True:
+        tokens, position = next(rows)
+        assert tokens.dtype == np.int32 and tokens.shape == (3, 61) and (tokens[:, 0] == bos).all()
+        for row in tokens:
+            starts = [*np.flatnonzero(row == bos), len(row)]
+            parts = [row[a:b].tolist() for a, b in itertools.pairwise(starts)]
+            assert all(part in known for part in parts[:-1])  # whole ones
+            assert any(document[: len(parts[-1])] == parts[-1] for document in known)
+            seen += len(parts)
+        if position["epoch"] == 2:
+            break
+    read = (
+        2 * len(known)
+        + sum(1 for _ in tok.read_documents(corpus.train))
+        - len(list(tok.read_documents(corpus.train, tuple(position[n] for n in ("shard", "row_group", "document")))))
+    )
+    assert seen + len(position["lengths"]) == read
+
+
+def test_packing_resumes_exactly_from_the_position_of_every_batch(corpus, tokenizer):
+    """JSON and arrays in between: the same rows, and the same positions."""
+    make = functools.partial(tok.packed_rows, tokenizer, corpus.train, 2, 61, waiting=WAITING)
+    straight = list(itertools.islice(make(), 40))
+    assert straight[-1][1]["epoch"] > 1
+    for i in (0, 1, 7, 18, 30):
+        rest = {k: v for k, v in straight[i][1].items() if not isinstance(v, np.ndarray)}
+        arrays = {k: v.copy() for k, v in straight[i][1].items() if isinstance(v, np.ndarray)}
+        assert set(arrays) == {"tokens", "lengths"}
+        resumed = make(position=json.loads(json.dumps(rest)) | arrays)
+        for (tokens, position), (same, place) in zip(straight[i + 1 :], resumed, strict=False):
+            np.testing.assert_array_equal(tokens, same)
+            jax.tree.map(np.testing.assert_array_equal, position, place)
+
+
+def test_batches_of_packed_rows(corpus, tokenizer):
+    """x (total_batch_size, T) begins with documents, and y is x one token later, with one more at its end."""
+    config = tiny(packing="best-fit")
+    batch, position = next(train.pretraining(config, corpus, tokenizer).batches(None))
+    rows, _ = next(tok.packed_rows(tokenizer, corpus.train, 6, 25))
+    np.testing.assert_array_equal(batch["x"], rows[:, :-1])
+    np.testing.assert_array_equal(batch["y"], rows[:, 1:])
+    assert 0 < position["log"]["dropped_tokens"] < 1
+
+
+def test_too_few_tokens_to_pack_are_refused_in_one_line(corpus, tokenizer):
+    """An epoch shorter than a batch ends in a line; a corpus of fewer documents than may wait does not."""
+    total = len(pack(tokenizer, corpus.train))
+    with pytest.raises(UserError, match=f"{total:,} tokens, too few for one batch of {4 * total:,}"):
+        next(tok.packed_rows(tokenizer, corpus.train, 4, total))
+    tokens, position = next(tok.packed_rows(tokenizer, corpus.train, 2, 30))
+    assert len(position["lengths"]) >= 990 and position["epoch"] > 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The held-out set
 
 

@@ -321,6 +321,27 @@ def test_interrupted_and_resumed_is_the_same_run(straight, corpus, tokenizer, tm
     assert result[1:6] == straight[0][1:6], "step, scores and samples are those of the straight run"
 
 
+def test_a_run_on_packed_rows_is_resumed_as_exactly(corpus, tokenizer, tmp_path):
+    """Cut off twice, the waiting documents in the checkpoint; the share that was dropped stands beside each score.
+
+    A run of packed rows does not go on with a stream.
+    """
+    config = tiny(packing="best-fit", num_iterations=17)
+    runs = {name: tmp_path / name for name in ("straight", "cut")}
+    train_tiny(corpus, tokenizer, runs["straight"], config=config)
+    for k in (5, 8):
+        with watched(runs["cut"], k, interrupt):
+            assert train_tiny(corpus, tokenizer, runs["cut"], config=config).step == k
+        waiting = load_file(newest(runs["cut"]) / "stream.safetensors")
+        assert waiting["lengths"].sum() == len(waiting["tokens"]) > 0
+    train_tiny(corpus, tokenizer, runs["cut"], config=config)
+    assert_same_end(runs["cut"], runs["straight"])
+    scored = [row for row in read_rows(runs["cut"]) if "val_bpb" in row]
+    assert [row["step"] for row in scored] == [8, 16, 17] and all(0 < row["dropped_tokens"] < 1 for row in scored)
+    with pytest.raises(UserError, match="^packing='stream': .* was trained with 'best-fit'"):
+        train_tiny(corpus, tokenizer, runs["cut"], config=tiny(num_iterations=20))
+
+
 def write_as_before(run_dir):
     """Writes a run's newest checkpoint again as commit 77a4437 wrote it, and removes what that left nowhere."""
     path = newest(run_dir)

@@ -285,6 +285,15 @@ def test_weights_start_as_nanochats(first):
     assert len({gate.tobytes() for gate in gates}) == 4
 
 
+def test_fc_init_scales_the_mlps_first_matrix_and_nothing_else(first):
+    """1 instead of 0.4: the same draws, 2.5 times as large."""
+    config, params = first
+    other = train.new_state(dataclasses.replace(config, fc_init=1.0), speedrun.NANOCHAT, train.ADAMW, jax.random.key(7))
+    for layer in other["params"]["layers"]:
+        layer["c_fc"] *= 0.4
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), other["params"], params)
+
+
 def test_every_other_layer_has_value_embeddings_the_last_one_always():
     """With their gates, whatever the number of layers."""
     for depth, want in ((1, [0]), (2, [1]), (5, [0, 2, 4]), (6, [1, 3, 5])):

@@ -688,6 +688,16 @@ def test_a_change_of_a_fixed_field_is_refused(checkpoint):
     assert is_one_line(raised.value)
 
 
+def test_a_field_younger_than_a_checkpoint_was_its_default(checkpoint, capsys):
+    """A run goes on with a new version that has one more fixed field, and not with another value of that."""
+    before = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({k: v for k, v in before.items() if k != "width"}))
+    compare_with_checkpoint(checkpoint, Config(), ORIGIN)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="^width=4: .* was trained with 3; "):
+        compare_with_checkpoint(checkpoint, Config(width=4), ORIGIN)
+
+
 def test_a_safe_change_is_reported(checkpoint, capsys):
     """Both values, in a line each, of any other field and of what the run was started from; nothing else."""
     compare_with_checkpoint(checkpoint, Config(), ORIGIN)

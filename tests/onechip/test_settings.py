@@ -327,6 +327,21 @@ def test_the_device_chooses_the_preset_and_the_preset_the_data(chosen, platform,
         assert run.num_shards * 50e6 >= tokens > (run.num_shards - 1) * 50e6
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing(Small):
+    """One that can pack."""
+
+    packing: str = setting("stream", "how rows are made", choices=("stream", "best-fit"))
+
+
+def test_packing_takes_more_shards(chosen):
+    """Up to two fifths of the tokens are dropped."""
+    stream = chosen(platform="tpu")[0].num_shards
+    run, config = settle(Run(preset="chip"), Packing, PRESETS, {"packing": "best-fit"})
+    tokens = config.num_iterations * config.total_batch_size * config.seq_len
+    assert run.num_shards * 30e6 >= tokens > (run.num_shards - 1) * 30e6 and run.num_shards > stream
+
+
 def test_a_topology_means_the_chip_preset(chosen):
     """--preflight v6e:1x1 on a laptop asks about the chip's run; --preflight here about this device's."""
     run, _, said = chosen("--preflight v6e:1x1")
