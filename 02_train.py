@@ -252,7 +252,7 @@ class TrainConfig:
     rope_base: float = setting(10000.0, "longest rotary wavelength, in units of 2 pi tokens", fixed=True, above=0)
     attn_impl: str = setting("pallas", "einsum, jax: any device; splash, pallas: TPU", choices=ATTENTION_NAMES)
     dtype: str = setting("bfloat16", "compute type; master weights stay float32", choices=("bfloat16", "float32"))
-    device_batch_size: int = setting(4, "sequences per microbatch and device", at_least=1)
+    device_batch_size: int = setting(2, "sequences per microbatch and device", at_least=1)
     total_batch_size: int = setting(64, "sequences per step, on all devices, accumulated", fixed=True, at_least=1)
     num_iterations: int = setting(20000, "optimizer steps", at_least=1)
     learning_rate: float = setting(7e-4, "peak learning rate", above=0)
@@ -873,9 +873,10 @@ if LOOK:
 # size. Each device runs the same code on its share of the batch (`shard_map` over a mesh of one axis), and the
 # gradients meet once a step, not once a microbatch. One chip is the mesh of one.
 #
-# Why microbatches of four, when memory would hold sixteen? A v6e keeps 128 MiB on the chip. The widest activation of
-# four sequences, 4 x 2048 x 4096 in bfloat16, is 64 MiB and stays there; that of sixteen goes out to HBM and back. On
-# a v6e the same batch of 64 as 16 x 4 reached 48.3 % MFU and as 4 x 16 42.6 %, all T keys counted (timings of
+# Why microbatches of two, when memory would hold sixteen? A v6e keeps 128 MiB on the chip, for all that is in use at a
+# time. The widest activation of two sequences, 2 x 2048 x 4096 in bfloat16, is 32 MiB and stays there; that of four
+# goes out to HBM and back, and by the compiler's estimate the step takes 13 % longer. On a v6e, larger ones were tried:
+# the same batch of 64 reached 48.3 % MFU as 16 x 4 and 42.6 % as 4 x 16, all T keys counted (timings of
 # [vorushin/tpuchat](https://github.com/vorushin/tpuchat), the project that this one began as).
 #
 # `SHARDING` says which axis of an array is split over which axis of the mesh: the batch, and nothing else. Every

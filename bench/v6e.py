@@ -29,7 +29,7 @@ from onechip.fit import compare_microbatches, describe_time, largest_that_fits, 
 from onechip.settings import boolean
 from onechip.weights import cast_weights
 
-DEFAULT = train.Config()
+DEFAULT = train.Config(device_batch_size=4)
 # tpuchat's SwiGLU program on one v6e, 16 x (4 x 2048), by the same estimate. Measured there: 302, later 290 ms. Its
 # notes also have 275 ms for a variant of it, of which there is no estimate.
 TPUCHAT_ESTIMATED_MS = 364

@@ -74,7 +74,7 @@ REFUSED = [
     (dict(rope_base=-1.0), "rope_base=-1.0", "greater than 0"),
     (dict(device_batch_size=0), "device_batch_size=0", "positive"),
     (dict(total_batch_size=0), "total_batch_size=0", "positive"),
-    (dict(total_batch_size=63), "total_batch_size=63", "multiple of device_batch_size=4"),
+    (dict(total_batch_size=63), "total_batch_size=63", "multiple of device_batch_size=2"),
     (dict(num_iterations=0), "num_iterations=0", "must be a positive integer"),
     (dict(num_iterations=2**31), "num_iterations=2147483648", "32 bits"),
     (dict(learning_rate=0.0), "learning_rate=0.0", "greater than 0"),

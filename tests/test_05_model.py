@@ -457,7 +457,7 @@ REFUSED = [
     ({"n_embd": -128}, "n_embd=-128", "negative"),
     ({"n_kv_head": 4}, "n_kv_head=4", "must divide n_head=6"),
     ({"head_dim": 33, "attn_impl": "jax"}, "head_dim=33", "even"),
-    ({"total_batch_size": 63}, "total_batch_size=63", "multiple of device_batch_size=4"),
+    ({"total_batch_size": 63}, "total_batch_size=63", "multiple of device_batch_size=2"),
     ({"target_flops": -1.0}, "target_flops=-1.0", "must lie in [0"),
     ({"qk_scale": 0.0}, "qk_scale=0.0", "must lie in (0, 2]"),
     ({"window_pattern": ""}, "window_pattern=''", "S and L"),
