@@ -189,7 +189,6 @@ class Config(train.TrainConfig):
     )
     window_pattern: str = change_default(train.TrainConfig, "window_pattern", "L")
     softcap: float = change_default(train.TrainConfig, "softcap", 0.0)
-    device_batch_size: int = change_default(train.TrainConfig, "device_batch_size", 2)  # fastest of 1 to 16 by estimate
     loss_slice: int = change_default(train.TrainConfig, "loss_slice", 1024)  # an eighth of a microbatch
 
     def check_sizes(self):
