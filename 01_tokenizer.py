@@ -513,10 +513,7 @@ def hub_corpus(dataset, num_shards, directory=None, revision=""):
 
     revision: a commit; empty: the dataset's own.
     """
-    last = dataset.last_shard
-    require(
-        1 <= num_shards <= last, "num_shards", num_shards, f"must be 1 to {last}, the training shards of {dataset.name}"
-    )
+    check_shards(dataset, num_shards)
     revision = revision or dataset.revision or newest_revision(dataset)
     require(is_commit(revision), "revision", revision, f"must be a commit of {dataset.repo}, 40 hexadecimal digits")
     directory = Path(directory or home() / f"{dataset.name}-{revision[:12]}")

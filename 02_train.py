@@ -1091,25 +1091,19 @@ def show_fit(config, topology="", model=GPT, **parts):
 
 
 # %%
-def batches_from(stream, config):
-    """Yields ({"x", "y"}, position) from a token stream: int32 (total_batch_size, T), y being x one token later."""
-    for tokens, position in stream:
-        yield {"x": tokens[:-1].reshape(-1, config.seq_len), "y": tokens[1:].reshape(-1, config.seq_len)}, position
-
-
-def batches_of_rows(rows):
-    """The same from packed rows (total_batch_size, T + 1)."""
-    for tokens, position in rows:
-        yield {"x": tokens[:, :-1], "y": tokens[:, 1:]}, position
+def batch_of(tokens, seq_len):
+    """{"x", "y"} int32 (B, T), y being x one token later, of a piece of a stream (B * T + 1,) or of rows (B, T + 1)."""
+    return {"x": tokens[..., :-1].reshape(-1, seq_len), "y": tokens[..., 1:].reshape(-1, seq_len)}
 
 
 def pretraining_batches(config, corpus, tokenizer, position=None):
-    """Batches of a corpus from a position on, by the config's packing."""
+    """(batch, position after it) without end, of a corpus from a position on, by the config's packing."""
+    B, T = config.total_batch_size, config.seq_len
     if config.packing == "best-fit":
-        length = config.seq_len + 1
-        return batches_of_rows(tok.packed_rows(tokenizer, corpus.train, config.total_batch_size, length, position))
-    batch_tokens = config.total_batch_size * config.seq_len
-    return batches_from(tok.token_stream(tokenizer, corpus.train, batch_tokens, position), config)
+        pieces = tok.packed_rows(tokenizer, corpus.train, B, T + 1, position)
+    else:
+        pieces = tok.token_stream(tokenizer, corpus.train, B * T, position)
+    return ((batch_of(tokens, T), after) for tokens, after in pieces)
 
 
 def make_evaluator(config, model, mesh, held_out, token_bytes):
@@ -1154,8 +1148,7 @@ def pretraining(config, corpus, tokenizer):
 
 # %%
 if LOOK:
-    letters = [np.arange(i, i + 2 * toy.seq_len * toy.device_batch_size + 1) % 512 for i in range(3)]
-    batch, _ = next(batches_from(((tokens, None) for tokens in letters), toy))
+    batch = batch_of(np.arange(toy.total_batch_size * toy.seq_len + 1, dtype=np.int32) % 512, toy.seq_len)
     print({name: array.shape for name, array in batch.items()}, "y is x one token later:", batch["y"][0, :4])
 
 # %% [markdown]

@@ -147,8 +147,7 @@ def offline_tokens(config):
     """(a maker of the stream of batches, the tokenizer, the texts) of the offline corpus."""
     corpus = tok.get_corpus("offline", 0)
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
-    batch_tokens = config.total_batch_size * config.seq_len
-    stream = lambda: train.batches_from(tok.token_stream(tokenizer, corpus.train, batch_tokens), config)
+    stream = lambda: train.pretraining_batches(config, corpus, tokenizer)
     return stream, tokenizer, [text for _, text in tok.read_documents(corpus.train)]
 
 

@@ -19,6 +19,12 @@ def describe_machine(mesh):
     return {"commit": git_commit(), "jax": jax.__version__, "device": device}
 
 
+def read_origin(path):
+    """What the run of a checkpoint was made from, a dict; empty in a checkpoint that does not say."""
+    origin = read_json(Path(path) / STATE).get("made_from")
+    return origin if isinstance(origin, dict) else {}
+
+
 KEPT_ORIGIN = ("model", "optimizer", "tokenizer_sha256", "data")  # what a run keeps besides its fixed fields
 UNNAMED = ("model", "optimizer")  # in checkpoints written before 2026-11-21
 
@@ -29,8 +35,7 @@ def compare_with_checkpoint(path, config, origin, accept=()):
     origin: what else the run depends on, a dict that JSON can hold: model, optimizer, data, tokenizer, commit,
     versions, device. accept: names in it that may change although a run keeps them.
     """
-    made_from = read_json(Path(path) / STATE).get("made_from")
-    was = made_from if isinstance(made_from, dict) else {}
+    was = read_origin(path)
     changed = [name for name, value in origin.items() if value != was.get(name)]
     changed = [name for name in changed if name in was or name not in UNNAMED]
     for name in changed:  # first: another model has other settings as well
@@ -78,6 +83,5 @@ def find_tokenizer(folder):
 def find_data(folder):
     """{"name", "revision", ...} of the data that the run in a RunFolder began with; empty if it has not begun."""
     newest = newest_checkpoint(folder.checkpoints)
-    made_from = read_json(newest / STATE).get("made_from") if newest else None
-    data = made_from.get("data") if isinstance(made_from, dict) else None
+    data = read_origin(newest).get("data") if newest else None
     return data if isinstance(data, dict) else {}

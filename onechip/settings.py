@@ -252,7 +252,7 @@ def settle(run, config_class, presets, fields):
     require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
     config = config_class(**{**presets[preset], **fields})
     data = run.data or ("offline" if preset == "laptop" else "fineweb")
-    packed = dataclasses.asdict(config).get("packing") == "best-fit"  # not every config can
+    packed = getattr(config, "packing", "stream") == "best-fit"  # not every config has a choice
     used = TOKENS_A_SHARD * (PACKED if packed else 1.0)
     shards = run.num_shards or min(1000, math.ceil(count_tokens(config) / used))
     data_because = "as set" if run.data else f"as the preset is {preset}"

@@ -322,7 +322,7 @@ def test_interrupted_and_resumed_is_the_same_run(straight, corpus, tokenizer, tm
 
 
 def test_a_run_on_packed_rows_is_resumed_as_exactly(corpus, tokenizer, tmp_path):
-    """Cut off twice, the waiting documents in the checkpoint; the share that was dropped stands beside each score.
+    """Cut off twice, the waiting documents in the checkpoint; each score comes with the share that was dropped.
 
     A run of packed rows does not go on with a stream.
     """

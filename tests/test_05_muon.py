@@ -163,7 +163,7 @@ def somewhere():
 
 
 def reference_at(params, state):
-    """A MuonReference of ONE that goes on from the program's state."""
+    """A MuonReference of ONE that continues from the program's state."""
     reference = MuonReference(ONE, params)
     reference.m, reference.v = ({k: np.float64(a) for k, a in named(state[name]).items()} for name in ("mu", "nu"))
     return reference

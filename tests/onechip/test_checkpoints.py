@@ -689,7 +689,7 @@ def test_a_change_of_a_fixed_field_is_refused(checkpoint):
 
 
 def test_a_field_younger_than_a_checkpoint_was_its_default(checkpoint, capsys):
-    """A run goes on with a new version that has one more fixed field, and not with another value of that."""
+    """A run continues in a new version that has one more fixed field, and not with another value of that."""
     before = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({k: v for k, v in before.items() if k != "width"}))
     compare_with_checkpoint(checkpoint, Config(), ORIGIN)
