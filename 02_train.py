@@ -1068,13 +1068,13 @@ def preflight(config, topology="", model=GPT, **parts):
     return fit.require_fit(workload(make_mesh(topology_devices(topology)), model, **parts), config)
 
 
-def show_fit(config, topology="", model=GPT, **parts):
-    """Prints what a step needs, or refuses it. topology: "" for the devices attached here.
+def show_fit(config, run, model=GPT, **parts):
+    """Prints what a Run's step needs, or refuses it, on the devices attached here or the topology in --preflight.
 
     With a topology or "here": also compares microbatches, searches for the largest batch, then exits.
     """
-    mesh = make_mesh(topology_devices("" if topology == "here" else topology))
-    fit.show(workload(mesh, model, **parts), config, further=bool(topology))
+    mesh = make_mesh(topology_devices("" if run.preflight == "here" else run.preflight))
+    fit.show(workload(mesh, model, **parts), config, bool(run.preflight), run.units_per_hour)
 
 
 # %% [markdown]
@@ -1353,7 +1353,7 @@ if __name__ == "__main__":
     prepare()
     run, config, optimizer = choose_parts(GPT, OVERRIDES)
     print(describe_model(config))
-    show_fit(config, run.preflight, optimizer=optimizer)
+    show_fit(config, run, optimizer=optimizer)
 
 # %% [markdown]
 # Nothing has been downloaded yet, and a config that does not fit has been refused. The curve below grows with every

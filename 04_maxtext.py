@@ -419,7 +419,7 @@ if __name__ == "__main__":
     print(train.describe_model(config, SWIGLU))
     if run.wants_table():
         print(compare_models(run.compare))
-    train.show_fit(config, run.preflight, SWIGLU, optimizer=optimizer)
+    train.show_fit(config, run, SWIGLU, optimizer=optimizer)
 
 # %%
 if __name__ == "__main__":

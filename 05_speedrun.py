@@ -735,7 +735,7 @@ if __name__ == "__main__":
     run, config, optimizer = train.choose_parts(NANOCHAT, OVERRIDES, optimizer=MUON)
     print(describe_dial(config, nanochat_weights(config)))
     print(train.describe_model(config, NANOCHAT))
-    train.show_fit(config, run.preflight, NANOCHAT, optimizer=optimizer)
+    train.show_fit(config, run, NANOCHAT, optimizer=optimizer)
 
 # %%
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from onechip.chips import CHIPS, GIB, memory_limit, name_of
 from onechip.errors import UserError, say, stop_here
 from onechip.estimate import (
     bytes_needed,
+    describe_day,
     kept_activations,
     least_bytes,
     memory_parts,
@@ -124,8 +125,8 @@ def gib(size):
     return f"{size / GIB:.3g}"
 
 
-def describe(config, fit, peak):
-    """A Fit in three or four lines; peak: tokens/s as peak_rate returns it, for MFU."""
+def describe(config, fit, peak, units_per_hour=0.0):
+    """A Fit in three to five lines; peak: tokens/s as peak_rate returns it, for MFU; units_per_hour: describe_day's."""
     limit = f" of {fit.limit_bytes / GIB:.4g}" if fit.limit_bytes else ""
     parts = ", ".join(f"{what} {gib(size)}" for what, size in fit.parts.items())
     moved = f", {fit.bytes_per_token / 1e6:.1f} MB moved" if fit.bytes_per_token else ""
@@ -136,8 +137,9 @@ def describe(config, fit, peak):
     ]
     if fit.step_seconds:
         hours = fit.step_seconds * config.num_iterations / 3600
-        estimate = describe_time(config, fit, peak)
-        lines.append(f"  compiler's estimate: {estimate}; {config.num_iterations:,} steps in {hours:.1f} h")
+        of_all = f"{config.num_iterations:,} steps in {hours:.1f} h"
+        lines.append(f"  compiler's estimate: {describe_time(config, fit, peak)}; {of_all}")
+        lines.append(f"  the day: {describe_day(config, hours, units_per_hour)}")
     return "\n".join(lines)
 
 
@@ -148,10 +150,10 @@ def describe_time(config, fit, peak):
     return f"{1e3 * fit.step_seconds:.1f} ms a step, {rate / 1e3:,.0f} thousand tok/s{mfu}, {gib(fit.peak_bytes)} GiB"
 
 
-def show(work, config, further=False):
+def show(work, config, further=False, units_per_hour=0.0):
     """Prints what a step needs, or refuses it. further: also looks for other batches, and then ends the program."""
     fit = require_fit(work, config)
-    say(describe(config, fit, peak_rate(work, config)))
+    say(describe(config, fit, peak_rate(work, config), units_per_hour))
     if further:
         for line in explore(work, config, fit):
             say(line)

@@ -203,6 +203,7 @@ class Run:
     hub_repo: str = setting("", "Hub repository to upload to, if there is a token; empty: <you>/onechip-<name>")
     weights_minutes: float = setting(15.0, "minutes between uploads of the weights", at_least=0)
     state_minutes: float = setting(60.0, "minutes between uploads of checkpoints, three times as large", at_least=0)
+    units_per_hour: float = setting(0.0, "Colab's compute units an hour, as its Resources panel shows", at_least=0)
 
     def __post_init__(self):
         check_fields(self)
