@@ -207,14 +207,17 @@ from onechip.session import Session
 from onechip.settings import Run, check_fields, choose, peek, setting
 from onechip.weights import (
     Weight,
+    bytes_of,
     cast_weights,
     constant,
     count_by_kind,
     draw_weights,
     normal,
     place_like,
+    stored_like,
     uniform,
     weight_shapes,
+    widened,
 )
 
 tok = importlib.import_module("01_tokenizer")
@@ -421,7 +424,8 @@ if LOOK:
 #   their own, so that an einsum makes them without a reshape.
 # - **how it starts**: projections out of a block at zero, so that at step 0 the residual stream is the embedding,
 #   scaled. lm_head starts at 0.001, so the first loss is log(V) to within 0.001: 10.4 nats at 32,768.
-# - **its kind**: how it is counted, whether it decays, in which type it computes.
+# - **its kind**: how it is counted, whether it decays, in which type it computes. Whatever the type at rest, float32
+#   here, the optimizer computes in float32.
 #
 # Initialization, counting, casting, sharding and the optimizer all read this table. The parameters themselves are a
 # plain pytree of float32 arrays with the same keys.
@@ -818,9 +822,8 @@ def learning_rate_at(config, step):
 
 
 def adamw_init(config, weights, params):
-    """Zero first and second moments, float32, shaped as the parameters."""
-    zeros = lambda p: jnp.zeros(p.shape, jnp.float32)
-    return {"mu": jax.tree.map(zeros, params), "nu": jax.tree.map(zeros, params)}
+    """Zero first and second moments, of the shapes and dtypes of the parameters."""
+    return {"mu": jax.tree.map(jnp.zeros_like, params), "nu": jax.tree.map(jnp.zeros_like, params)}
 
 
 def adamw_update(config, weights, params, state, grads, step):
@@ -996,7 +999,9 @@ def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_en
             norm = global_norm(grads)
             if config.grad_clip:
                 grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.grad_clip / (norm + 1e-6)), grads)
-            params, opt = optimizer.update(config, weights, params, state["opt"], grads, step)
+            before = params, state["opt"]
+            after = optimizer.update(config, weights, *widened(before), grads, step)
+            params, opt = stored_like(after, before)
         metrics = {"loss": value, "grad_norm": norm, "lr": learning_rate_at(config, step)}
         return {"params": params, "opt": opt, "step": step + 1}, metrics
 
@@ -1041,11 +1046,10 @@ def workload(mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, batch=TOKEN_B
     """What fit.py has to know of a training step on a mesh: how to lower it, and what it counts."""
 
     def count(config):
-        weights = model.weights(config)
-        init = functools.partial(optimizer.init, config, weights)
-        state = jax.tree.leaves(jax.eval_shape(init, weight_shapes(config, weights)))
-        state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
-        return {"params": count_params(config, model)["total"], "state_bytes": state_bytes}
+        params = weight_shapes(config, weights := model.weights(config))
+        state = jax.eval_shape(functools.partial(optimizer.init, config, weights), params)
+        sizes = {"param_bytes": bytes_of(params), "state_bytes": bytes_of(state)}
+        return {"params": count_params(config, model)["total"], **sizes}
 
     return fit.Workload(
         mesh=mesh,

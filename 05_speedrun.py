@@ -256,6 +256,9 @@ class Config(train.TrainConfig):
     fc_init: float = setting(
         0.4, "deviation of the MLP's first matrix, in units of 1 / sqrt(n_embd)", fixed=True, above=0
     )
+    embed_dtype: str = setting(
+        "float32", "how embeddings and their moments are stored", fixed=True, choices=("bfloat16", "float32")
+    )
     rope_base: float = change_default(train.TrainConfig, "rope_base", 100_000.0)
     grad_clip: float = change_default(train.TrainConfig, "grad_clip", 0.0)
     warmup_steps: int = change_default(train.TrainConfig, "warmup_steps", 40)
@@ -346,8 +349,8 @@ def window_flops(config):
 
 
 PRESETS = {
-    "chip": {},
-    "gpu": train.PRESETS["gpu"],
+    "chip": {"embed_dtype": "bfloat16"},
+    "gpu": train.PRESETS["gpu"] | {"embed_dtype": "bfloat16"},
     "laptop": {name: value for name, value in train.PRESETS["laptop"].items() if name != "n_head"} | {"depth": 4},
 }
 
@@ -386,12 +389,12 @@ def nanochat_weights(config):
     base = train.gpt_weights(config)
     layer = {**base["layers"][0], "c_fc": Weight("D->F", matrix(config.fc_init), "mlp")}
     values = {
-        "value_embeds": Weight("V->W", matrix(1.0), "embed", "value_embeds"),
+        "value_embeds": Weight("V->W", matrix(1.0), "embed", "value_embeds", config.embed_dtype),
         "value_gate": Weight("E->K", gate, "attention"),
     }
     has_values = [config.value_embeds and has_value_embedding(i, config.n_layer) for i in range(config.n_layer)]
     weights = {
-        "wte": Weight("V->D", normal(0.8), "embed"),
+        "wte": Weight("V->D", normal(0.8), "embed", dtype=config.embed_dtype),
         "lm_head": base["lm_head"],
         "layers": [layer | values if has else layer for has in has_values],
     }
@@ -594,10 +597,9 @@ def per_neuron_shape(config, weight):
 
 
 def muon_init(config, weights, params):
-    """Zero moments, float32."""
-    second = lambda w, p: jnp.zeros(per_neuron_shape(config, w) if is_muons(w) else p.shape, jnp.float32)
-    first = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    return {"mu": first, "nu": jax.tree.map(second, weights, params)}
+    """Zero moments, each in the dtype of its parameter."""
+    second = lambda w, p: jnp.zeros(per_neuron_shape(config, w) if is_muons(w) else p.shape, p.dtype)
+    return {"mu": jax.tree.map(jnp.zeros_like, params), "nu": jax.tree.map(second, weights, params)}
 
 
 def norm_of(X):

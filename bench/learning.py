@@ -118,6 +118,7 @@ VARIANTS = {
     "warmdown-0.85-to-0": Variant(
         "warm-down over 85 % of the run, to 0", {"warmdown_ratio": 0.85, "final_lr_frac": 0.0}
     ),
+    "bfloat16-embeds": Variant("embeddings and their moments stored in bfloat16", {"embed_dtype": "bfloat16"}),
     "best-fit": Variant("rows that begin with a document", {"packing": "best-fit"}),
     "soap": Variant("SOAP on the shorter side before Muon", optimizer=SOAP),
     "warmup-10": Variant("10 steps of warm-up", {"warmup_steps": 10}),

@@ -45,11 +45,11 @@ def compute_width(config):
 def memory_parts(config, count, peak):
     """{what: bytes} of a training step that needs `peak` bytes; count as Workload.count returns it.
 
-    Parameters and gradients are float32. What is left of the peak is activations.
+    Gradients are float32. What is left of the peak is activations.
     """
     width, tokens = compute_width(config), config.device_batch_size * config.seq_len
     params = count["params"]
-    parts = {"parameters": 4 * params, "optimizer": count["state_bytes"], "gradients": 4 * params}
+    parts = {"parameters": count["param_bytes"], "optimizer": count["state_bytes"], "gradients": 4 * params}
     if width == 2:
         parts["bfloat16 weights"] = 2 * params
     parts["logits"] = min(config.loss_slice, tokens) * config.vocab_size * width
@@ -57,8 +57,8 @@ def memory_parts(config, count, peak):
 
 
 def resident_bytes(count):
-    """Bytes that stay on the device from step to step: float32 parameters and the optimizer's state."""
-    return 4 * count["params"] + count["state_bytes"]
+    """Bytes that stay on the device from step to step: parameters and the optimizer's state."""
+    return count["param_bytes"] + count["state_bytes"]
 
 
 def layer_inputs(config):

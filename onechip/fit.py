@@ -36,7 +36,7 @@ class Workload(NamedTuple):
     """The training step of one model with one optimizer, for any config, on the devices of one mesh.
 
     lower(config): the step as a jax.stages.Lowered for that mesh. count(config): {"params": number of parameters,
-    "state_bytes": bytes of the optimizer's state}. flops(config): training FLOPs per token.
+    "param_bytes": their bytes, "state_bytes": those of the optimizer's state}. flops(config): training FLOPs per token.
 
     A config is a frozen dataclass; config.smaller_models() yields those of a smaller model, nearest first.
     """

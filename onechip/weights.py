@@ -19,18 +19,19 @@ KINDS = ("embed", "attention", "mlp", "lm_head", "scalar")
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One array of a model, float32.
+    """One array of a model.
 
     axes: its letters in order; in a matrix, "->" separates the axes that a product sums over from those it makes.
     init(key, shape, fan_in) -> its first values, float32. kind: embed (a lookup, which costs no FLOPs), attention, mlp,
     lm_head, or scalar (never decayed, never cast). group: what it is to an optimizer with several learning rates; its
-    kind if empty.
+    kind if empty. dtype: how it is stored, and its moments with it: "float32" or "bfloat16".
     """
 
     axes: str
     init: Callable
     kind: str
     group: str = ""
+    dtype: str = "float32"
 
     def __post_init__(self):
         require(self.kind in KINDS, "kind", self.kind, f"use one of {', '.join(KINDS)}")
@@ -72,12 +73,12 @@ def constant(value):
 
 
 def draw_weights(config, table, key):
-    """A table's arrays, float32. Every entry, and every layer, has a key of its own, in the order of the table.
+    """A table's arrays, as they are stored. Every entry, and every layer, has a key of its own, in the table's order.
 
     JAX's keys do not depend on how many are split off: a weight added at the end changes no other's first values.
     """
     if isinstance(table, Weight):
-        return table.init(key, table.shape(config), table.fan_in(config))
+        return table.init(key, table.shape(config), table.fan_in(config)).astype(table.dtype)
     entries = itertools.chain.from_iterable(e if isinstance(e, list) else [e] for e in table.values())
     keys = iter(jax.random.split(key, len(list(entries))))
 
@@ -91,12 +92,27 @@ def draw_weights(config, table, key):
 
 def weight_shapes(config, table):
     """A table's arrays as jax.ShapeDtypeStruct."""
-    return jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape(config), jnp.float32), table)
+    return jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape(config), weight.dtype), table)
 
 
 def cast_weights(table, params, dtype):
     """The parameters with their matrices in `dtype`; scalars stay as they are."""
     return jax.tree.map(lambda w, p: p if w.kind == "scalar" else p.astype(dtype), table, params)
+
+
+def widened(tree):
+    """A pytree with its bfloat16 arrays in float32: what an optimizer computes with, however they are stored."""
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)
+
+
+def stored_like(tree, before):
+    """A pytree with each array in the dtype of the one in `before`, rounded to nearest."""
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, before)
+
+
+def bytes_of(tree):
+    """Bytes of all arrays, or jax.ShapeDtypeStructs, of a pytree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def count_by_kind(config, table):

@@ -40,6 +40,7 @@ from reference_muon import (
 )
 
 from onechip.doors import config_with
+from onechip.weights import widened
 
 train = importlib.import_module("02_train")
 maxtext = importlib.import_module("04_maxtext")
@@ -348,6 +349,29 @@ def test_the_state_is_two_trees_of_moments_with_one_number_an_output():
         "wte": (31, 40), "lm_head": (40, 31), "layers": [layer | values, layer, layer | values],
         "resid_lambdas": (3,), "x0_lambdas": (3,), "smear_gate": (24,), "smear_lambda": (), "backout_lambda": (),
     }  # fmt: skip
+
+
+def test_embeddings_stored_in_bfloat16_are_updated_in_float32_and_rounded_once():
+    """Tables and both their moments are bfloat16; a step leaves what a float32 state would have, rounded."""
+    narrow = replace(embed_dtype="bfloat16", learning_rate=3.0)
+    mesh = train.make_mesh(jax.local_devices()[:1])
+    stored = train.init_state(narrow, mesh, speed.NANOCHAT, speed.MUON)
+    tables = lambda tree: [tree["wte"], *(layer["value_embeds"] for layer in tree["layers"] if "value_embeds" in layer)]
+    trees = [stored["params"], stored["opt"]["mu"], stored["opt"]["nu"]]
+    assert all(table.dtype == jnp.bfloat16 for tree in trees for table in tables(tree))
+    narrow_count = sum(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(stored))
+    assert narrow_count == 3 * len(tables(stored["params"])) == 9
+    wide_step = train.make_train_step(replace(learning_rate=3.0), mesh, speed.NANOCHAT, speed.MUON)
+    narrow_step = train.make_train_step(narrow, mesh, speed.NANOCHAT, speed.MUON)
+    first = jax.device_get(stored)
+    for step in range(3):
+        batch = random_batch(TINY, seed=step)
+        wide, _ = wide_step(widened(jax.tree.map(jnp.copy, stored)), batch)
+        stored, _ = narrow_step(stored, batch)
+        for a, b in zip(*map(jax.tree.leaves, (stored, wide)), strict=True):
+            step_size = 2.0**-7 if a.dtype == jnp.bfloat16 else 1e-5
+            np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0.51 * step_size, atol=1e-6)
+    assert not any(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (stored, first)), strict=True))
 
 
 DEFAULT = config_with(speed.Config, speed.MuonSettings)

@@ -33,26 +33,26 @@ CHIP = train.Config(
 
 
 def test_memory_parts_sum_to_the_peak():
-    """Float32 masters and gradients, the optimizer's state, bfloat16 weights if computed in that, a slice of logits."""
-    parts = memory_parts(CHIP, {"params": 1000, "state_bytes": 7890}, 50_000_000)
+    """Parameters as stored, float32 gradients, optimizer, bfloat16 weights if computed in that, a slice of logits."""
+    parts = memory_parts(CHIP, {"params": 1000, "param_bytes": 3210, "state_bytes": 7890}, 50_000_000)
     logits = 2 * 512 * 1024 * 2  # 1,024 tokens at a time, fewer than a slice
-    assert parts["parameters"] == 4000 and parts["optimizer"] == 7890 and parts["gradients"] == 4000
+    assert parts["parameters"] == 3210 and parts["optimizer"] == 7890 and parts["gradients"] == 4000
     assert parts["bfloat16 weights"] == 2000 and parts["logits"] == logits
     assert sum(parts.values()) == 50_000_000
-    single = memory_parts(TINY, {"params": 1000, "state_bytes": 8000}, 50_000_000)
+    single = memory_parts(TINY, {"params": 1000, "param_bytes": 4000, "state_bytes": 8000}, 50_000_000)
     assert "bfloat16 weights" not in single and single["logits"] == 13 * 31 * 4
 
 
 def test_the_least_that_a_step_needs_is_counted_by_arithmetic():
     """What stays, the input of each layer, and the larger of a slice's logits and an eighth of the scores."""
-    count = {"params": 1000, "state_bytes": 7890}
+    count = {"params": 1000, "param_bytes": 3210, "state_bytes": 7890}
     inputs, scores = 6 * 18 * 2 * 84, 6 * 6 * 18 * 18 // 8
     assert scores > 13 * 31  # logits of a slice
-    assert least_bytes(TINY, count) == 4000 + 7890 + 4 * (inputs + scores)
+    assert least_bytes(TINY, count) == 3210 + 7890 + 4 * (inputs + scores)
     large = dataclasses.replace(TINY, vocab_size=310)
-    assert least_bytes(large, count) == 4000 + 7890 + 4 * (inputs + 13 * 310)
+    assert least_bytes(large, count) == 3210 + 7890 + 4 * (inputs + 13 * 310)
     inputs, logits = 2 * 512 * 2 * 256, 2 * 512 * 1024
-    assert least_bytes(CHIP, count) == 4000 + 7890 + 2 * (inputs + logits)  # pallas writes no scores down
+    assert least_bytes(CHIP, count) == 3210 + 7890 + 2 * (inputs + logits)  # pallas writes no scores down
 
 
 @pytest.mark.parametrize(

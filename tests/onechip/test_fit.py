@@ -89,7 +89,7 @@ def toy_work(peak_of, *, limit=None, kind="TPU v6 lite", devices=1, seconds_of=N
 
     def count(config):
         params = params_of(config) if params_of else 10
-        return {"params": params, "state_bytes": 8 * params}
+        return {"params": params, "param_bytes": 4 * params, "state_bytes": 8 * params}
 
     device = SimpleNamespace(platform="tpu", device_kind=kind, memory_stats=lambda: limit and {"bytes_limit": limit})
     mesh = SimpleNamespace(size=devices, devices=np.array([device] * devices))

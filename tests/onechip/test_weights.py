@@ -13,7 +13,19 @@ import pytest
 from configs import quick_compiler  # noqa: F401  (for every test)
 
 from onechip.errors import UserError
-from onechip.weights import Weight, cast_weights, constant, count_by_kind, draw_weights, normal, place_like, uniform
+from onechip.weights import (
+    Weight,
+    bytes_of,
+    cast_weights,
+    constant,
+    count_by_kind,
+    draw_weights,
+    normal,
+    place_like,
+    stored_like,
+    uniform,
+    widened,
+)
 from onechip.weights import weight_shapes as shapes_of
 
 CONFIG = SimpleNamespace(sizes={"D": 22, "N": 6, "H": 14, "F": 34, "L": 3, "V": 31})
@@ -73,6 +85,19 @@ def test_arrays_have_the_tables_structure_and_start_as_it_says(params):
         first, second = (layer[name] for layer in params["layers"])
         assert np.abs(first).max() <= math.sqrt(3 / inputs) and first.std() == pytest.approx(inputs**-0.5, rel=0.05)
         assert not np.array_equal(first, second)
+
+
+def test_a_weight_is_stored_as_the_table_says(params):
+    """bfloat16 where it says so: the same first values, rounded; widened and stored again they are the same bits."""
+    narrow = {**TABLE, "wte": Weight("V->D", normal(0.5), "embed", dtype="bfloat16")}
+    stored = draw(narrow)
+    assert stored["wte"].dtype == jnp.bfloat16 == shapes_of(CONFIG, narrow)["wte"].dtype
+    np.testing.assert_array_equal(stored["wte"], params["wte"].astype(jnp.bfloat16))
+    assert bytes_of(params) - bytes_of(stored) == 2 * 31 * 22 == bytes_of(shapes_of(CONFIG, TABLE)) - bytes_of(stored)
+    wide = widened(stored)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(wide)} == {"float32"}
+    again = jax.device_get(stored_like(wide, stored))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), again, stored))
 
 
 def test_a_weight_at_the_end_changes_no_other(params):
