@@ -169,6 +169,7 @@ if LOOK:
 # | batch | sequence | model | query heads | key/value heads | head dimension | MLP hidden | layers | vocabulary |
 
 # %%
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -185,7 +186,7 @@ from onechip import fit
 from onechip.card import PLAIN_WEIGHTS, describe_result
 from onechip.chips import topology_devices
 from onechip.doors import Model, Optimizer, Task, config_with
-from onechip.errors import UserError, require
+from onechip.errors import UserError, require, say
 from onechip.export import (
     config_of,
     export_weights,
@@ -205,6 +206,7 @@ from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
 from onechip.session import Session
 from onechip.settings import Run, check_fields, choose, peek, setting
+from onechip.stages import stages_of
 from onechip.weights import (
     Weight,
     bytes_of,
@@ -274,6 +276,9 @@ class TrainConfig:
     save_every: int = setting(1000, "steps between checkpoints; 0: by the clock and before the above", at_least=0)
     save_minutes: float = setting(15.0, "minutes between checkpoints at most; 0 for no such limit", at_least=0)
     keep: int = setting(2, "newest checkpoints that stay; the best one stays as well", at_least=1)
+    stages: str = setting(
+        "", "smaller batches first, STEP:ROWSxTOKENS up to that step: '500:128x512 1000:256x1024'", fixed=True
+    )
     packing: str = setting(
         "stream", "rows cut from one stream, or each begun by a document", fixed=True, choices=PACKING_NAMES
     )
@@ -392,6 +397,7 @@ def check_relations(config):
     require(letters, "window_pattern", c.window_pattern, 'use the letters S and L, such as "SSSL" or "L"')
     batches = f"must be a multiple of device_batch_size={c.device_batch_size}"
     require(c.total_batch_size % c.device_batch_size == 0, "total_batch_size", c.total_batch_size, batches)
+    stages_of(c)
     if c.attn_impl in ("splash", "pallas"):
         from onechip.kernels import check_kernel  # here, as Pallas takes 0.3 s to import
 
@@ -1028,10 +1034,7 @@ if LOOK:
 
 
 # %%
-TOKEN_BATCH = ("x", "y")  # what a batch of pretraining holds
-
-
-def lower_step(config, mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, batch=TOKEN_BATCH):
+def lower_step(config, mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, batch=("x", "y")):
     """The training step, traced for the devices of a mesh, as a jax.stages.Lowered; nothing is run.
 
     batch: the names of its arrays, each (total_batch_size, seq_len) int32.
@@ -1042,7 +1045,7 @@ def lower_step(config, mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, bat
     return step.lower(state_shapes(config, mesh, model, optimizer), dict.fromkeys(batch, tokens))
 
 
-def workload(mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, batch=TOKEN_BATCH):
+def workload(mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, batch=("x", "y")):
     """What fit.py has to know of a training step on a mesh: how to lower it, and what it counts."""
 
     def count(config):
@@ -1101,13 +1104,23 @@ def batch_of(tokens, seq_len):
 
 
 def pretraining_batches(config, corpus, tokenizer, position=None):
-    """(batch, position after it) without end, of a corpus from a position on, by the config's packing."""
-    B, T = config.total_batch_size, config.seq_len
-    if config.packing == "best-fit":
-        pieces = tok.packed_rows(tokenizer, corpus.train, B, T + 1, position)
-    else:
-        pieces = tok.token_stream(tokenizer, corpus.train, B * T, position)
-    return ((batch_of(tokens, T), after) for tokens, after in pieces)
+    """(batch, position after it) without end, of a corpus from a position on, by the config's packing and stages.
+
+    The last stage has no end here: what ends it is the run. With stages, a position also has the "step" that is next.
+    """
+    step = (position or {}).get("step", 0)
+    for end, c in stages_of(config):
+        B, T = c.total_batch_size, c.seq_len
+        if c.packing == "best-fit":
+            pieces = tok.packed_rows(tokenizer, corpus.train, B, T + 1, position)
+        else:
+            pieces = tok.token_stream(tokenizer, corpus.train, B * T, position)
+        whole_run = end == config.num_iterations
+        with contextlib.closing(pieces):
+            for tokens, after in pieces if whole_run else itertools.islice(pieces, max(0, end - step)):
+                step += 1
+                position = after | {"step": step} if config.stages else after
+                yield batch_of(tokens, T), position
 
 
 def make_evaluator(config, model, mesh, held_out, token_bytes):
@@ -1172,7 +1185,28 @@ if LOOK:
 # - **An interrupt**, Colab's stop button or a SIGTERM, is noted and obeyed between two steps.
 
 
+# %% [markdown]
+# A run may begin with fewer or shorter sequences than it ends with: `--stages "500:128x512 1000:256x1024"` takes 128
+# sequences of 512 tokens up to step 500. Early steps learn as much from them, and cost less (batch and sequence
+# warm-up, as modded-nanogpt's records have it). Each stage is a Config of its own (`onechip/stages.py`), and so a
+# program of its own; the stream of tokens goes through all of them.
+
+
 # %%
+def make_steps(config, mesh, model, optimizer, task):
+    """The training step (state, batch) -> (state, metrics) of a run: in a run of stages, the batch's shape says which.
+
+    All steps of a run of stages are compiled here, so that none makes the chip wait later.
+    """
+    configs = {(c.total_batch_size, c.seq_len): c for _, c in stages_of(config)}
+    if len(configs) == 1:
+        return make_train_step(config, mesh, model, optimizer, task.loss)
+    say(f"stages: compiling steps of {', '.join(f'{rows} x {tokens}' for rows, tokens in configs)} tokens")
+    parts = {"model": model, "optimizer": optimizer, "loss": task.loss, "batch": task.arrays}
+    steps = {shape: lower_step(c, mesh, **parts).compile() for shape, c in configs.items()}
+    return lambda state, batch: steps[batch[task.arrays[0]].shape](state, batch)
+
+
 def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sample=None, **session):
     """Trains from the newest checkpoint in `run_dir`, or from the seed, to config.num_iterations; returns a Result.
 
@@ -1182,7 +1216,7 @@ def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sampl
     input, or a loss that is not finite.
     """
     mesh = mesh or make_mesh()
-    train_step = make_train_step(config, mesh, model, optimizer, task.loss)
+    train_step = make_steps(config, mesh, model, optimizer, task)
     score = task.score(config, model, mesh)
     write_samples = sample or (lambda params: [])
     origin = {"model": model.name, "optimizer": optimizer.name, **task.origin, **describe_machine(mesh)}

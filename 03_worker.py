@@ -183,7 +183,8 @@ from onechip.fit import DoesNotFit
 from onechip.machine import deferred_interrupt, git_commit, read_secret
 from onechip.plots import show_picture
 from onechip.runfolder import RunFolder
-from onechip.settings import BELOW, Run, check_fields, count_tokens, is_below, parse_settings, peek, setting, settle
+from onechip.settings import BELOW, Run, check_fields, is_below, parse_settings, peek, setting, settle
+from onechip.stages import count_tokens
 from onechip.tables import table
 
 train = importlib.import_module("02_train")

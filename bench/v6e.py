@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from onechip.chips import GIB, memory_limit, topology_devices
-from onechip.fit import compare_microbatches, describe_time, largest_that_fits, measure, peak_rate
+from onechip.fit import compare_microbatches, largest_that_fits, measure, peak_rate
+from onechip.fitreport import describe_time
 from onechip.settings import boolean
 from onechip.weights import cast_weights
 

@@ -68,7 +68,8 @@ class Task(NamedTuple):
     loss(config, model, params, batch) -> the mean over a batch's targets. score(config, model, mesh) -> a function of
     params -> a dict of figures for metrics.jsonl, with "val_loss" among them. metric: the figure whose lowest value
     marks the best checkpoint. origin: JSON that says what the data is; facts: more JSON for config.json; files:
-    {name: bytes} that the run keeps, such as its tokenizer.
+    {name: bytes} that the run keeps, such as its tokenizer. arrays: the names in a batch, each (total_batch_size,
+    seq_len), for programs that are compiled before there is one.
     """
 
     batches: Callable
@@ -78,3 +79,4 @@ class Task(NamedTuple):
     origin: dict = {}
     facts: dict = {}
     files: dict = {}
+    arrays: tuple = ("x", "y")

@@ -12,7 +12,6 @@ import math
 import re
 
 from onechip.chips import CHIPS, GIB
-from onechip.settings import count_tokens
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
@@ -191,14 +190,3 @@ def step_seconds(config, compiled, mesh):
     xla = xla_cycles(compiled.as_text())
     kernel = kernel_cycles(config, config.total_batch_size // mesh.size)
     return (xla + kernel) / chip.clock if xla and kernel is not None else None
-
-
-COLAB_HOURS = 23.0  # of a session, which ends after 24 at the latest
-
-
-def describe_day(config, hours, units_per_hour=0.0):
-    """What a run of so many hours is of Colab's days, in words; units_per_hour: compute units, 0 if not known."""
-    count = math.ceil(hours / COLAB_HOURS)
-    days = f"{hours / COLAB_HOURS:.0%} of a Colab session" if count == 1 else f"{count} Colab sessions"
-    units = f", {hours * units_per_hour:,.0f} compute units at {units_per_hour:g} an hour" if units_per_hour else ""
-    return f"{count_tokens(config) / 1e9:.3g} billion tokens in {hours:.1f} h: {days} of {COLAB_HOURS:g} h{units}"

@@ -16,7 +16,6 @@ from onechip.chips import CHIPS, GIB, memory_limit, name_of
 from onechip.errors import UserError, say, stop_here
 from onechip.estimate import (
     bytes_needed,
-    describe_day,
     kept_activations,
     least_bytes,
     memory_parts,
@@ -24,6 +23,8 @@ from onechip.estimate import (
     resident_bytes,
     step_seconds,
 )
+from onechip.fitreport import describe, describe_run, describe_time, gib
+from onechip.stages import stages_of
 
 MOST_MEMORY = 256 * GIB  # taken for a device whose memory is unknown: no TPU has more
 
@@ -120,42 +121,16 @@ def peak_rate(work, config):
     return chip.peak_flops * work.mesh.size / work.flops(config) if chip else None
 
 
-def gib(size):
-    """Bytes as GiB with three digits."""
-    return f"{size / GIB:.3g}"
-
-
-def describe(config, fit, peak, units_per_hour=0.0):
-    """A Fit in three to five lines; peak: tokens/s as peak_rate returns it, for MFU; units_per_hour: describe_day's."""
-    limit = f" of {fit.limit_bytes / GIB:.4g}" if fit.limit_bytes else ""
-    parts = ", ".join(f"{what} {gib(size)}" for what, size in fit.parts.items())
-    moved = f", {fit.bytes_per_token / 1e6:.1f} MB moved" if fit.bytes_per_token else ""
-    lines = [
-        f"step compiled for {fit.where} in {fit.compile_seconds:.0f} s",
-        f"  memory {gib(fit.peak_bytes)}{limit} GiB: {parts}",
-        f"  work a token: {fit.flops_per_token / 1e9:.3g} GFLOP{moved}",
-    ]
-    if fit.step_seconds:
-        hours = fit.step_seconds * config.num_iterations / 3600
-        of_all = f"{config.num_iterations:,} steps in {hours:.1f} h"
-        lines.append(f"  compiler's estimate: {describe_time(config, fit, peak)}; {of_all}")
-        lines.append(f"  the day: {describe_day(config, hours, units_per_hour)}")
-    return "\n".join(lines)
-
-
-def describe_time(config, fit, peak):
-    """A Fit's estimated time, rate and bytes on one line, with MFU where the device's peak is known."""
-    rate = config.total_batch_size * config.seq_len / fit.step_seconds
-    mfu = f", MFU {rate / peak:.1%}" if peak else ""
-    return f"{1e3 * fit.step_seconds:.1f} ms a step, {rate / 1e3:,.0f} thousand tok/s{mfu}, {gib(fit.peak_bytes)} GiB"
-
-
 def show(work, config, further=False, units_per_hour=0.0):
-    """Prints what a step needs, or refuses it. further: also looks for other batches, and then ends the program."""
-    fit = require_fit(work, config)
-    say(describe(config, fit, peak_rate(work, config), units_per_hour))
+    """Prints what a run's steps need, or refuses them. further: also looks for other batches, then ends the program."""
+    configs = [c for _, c in stages_of(config)]
+    found = {c: require_fit(work, c) for c in reversed(configs)}  # the last stage's, the largest, first
+    fits, peaks = [found[c] for c in configs], [peak_rate(work, c) for c in configs]
+    say(describe(configs[-1], fits[-1], peaks[-1]))
+    for line in describe_run(config, fits, peaks, units_per_hour):
+        say(line)
     if further:
-        for line in explore(work, config, fit):
+        for line in explore(work, configs[-1], fits[-1]):
             say(line)
         stop_here()
 

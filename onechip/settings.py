@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from onechip.errors import UserError, in_notebook, require, say
+from onechip.stages import count_tokens
 
 LARGEST = 2**63 - 1  # of an int without a bound of its own: what 64 bits hold
 
@@ -237,11 +238,6 @@ def choose(config_class, presets, overrides="", run_class=Run):
     batch, tokens = f"{config.total_batch_size} x {config.seq_len}", count_tokens(config) / 1e6
     say(f"run: {run.out}/{run.name}: {config.num_iterations:,} steps of {batch} tokens, {tokens:,.1f}M in all")
     return run, config
-
-
-def count_tokens(config):
-    """Tokens that a config trains on."""
-    return config.num_iterations * config.total_batch_size * config.seq_len
 
 
 def settle(run, config_class, presets, fields):

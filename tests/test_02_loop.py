@@ -342,6 +342,40 @@ def test_a_run_on_packed_rows_is_resumed_as_exactly(corpus, tokenizer, tmp_path)
         train_tiny(corpus, tokenizer, runs["cut"], config=tiny(num_iterations=20))
 
 
+def test_a_run_in_stages_reads_one_stream_and_is_resumed_as_exactly(corpus, tokenizer, tmp_path, capsys):
+    """Shorter, then fewer, then whole batches follow each other in the stream, and each is trained on as it would be
+    alone; cut off within a stage, at its end and after it, the run is the same."""
+    config = tiny(stages="3:4x8 7:3x24", num_iterations=11, eval_every=0)
+    sizes = {step: (4, 8) if step <= 3 else (3, 24) if step <= 7 else (6, 24) for step in range(1, 12)}
+    packed, start, expected = pack(tokenizer, corpus.train).astype(np.int32), 0, {}
+    for step, (rows, length) in sizes.items():
+        end = start + rows * length
+        parts = packed[start:end], packed[start + 1 : end + 1]
+        expected[step] = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+        start = end
+    runs = {name: tmp_path / name for name in ("straight", "cut")}
+    with watched(runs["straight"]):
+        train_tiny(corpus, tokenizer, runs["straight"], config=config)
+    assert "stages: compiling steps of 4 x 8, 3 x 24, 6 x 24 tokens" in capsys.readouterr().out
+    assert read_batches(runs["straight"]) == expected
+    for k in (2, 3, 5, 9):
+        with watched(runs["cut"], k, interrupt):
+            assert train_tiny(corpus, tokenizer, runs["cut"], config=config).step == k
+    with watched(runs["cut"]):
+        train_tiny(corpus, tokenizer, runs["cut"], config=config)
+    assert read_batches(runs["cut"]) == expected
+    assert_same_end(runs["cut"], runs["straight"])
+
+    mesh, rows = train.make_mesh(), [row for row in read_rows(runs["straight"]) if "loss" in row]
+    state, start = train.init_state(config, mesh), 0
+    for row, (size, length) in zip(rows, sizes.values(), strict=True):
+        stage = tiny(num_iterations=11, total_batch_size=size, seq_len=length, device_batch_size=1)
+        tokens = packed[start : start + size * length + 1]
+        state, metrics = train.make_train_step(stage, mesh)(state, train.batch_of(tokens, length))
+        assert row["loss"] == pytest.approx(float(metrics["loss"]), rel=2e-5)
+        start += size * length
+
+
 def write_as_before(run_dir):
     """Writes a run's newest checkpoint again as commit 77a4437 wrote it, and removes what that left nowhere."""
     path = newest(run_dir)

@@ -19,7 +19,6 @@ from onechip.fit import (
     DoesNotFit,
     Workload,
     compare_microbatches,
-    describe,
     explore,
     find_largest_batch,
     largest_that_fits,
@@ -29,6 +28,7 @@ from onechip.fit import (
     require_fit,
     smaller_configs,
 )
+from onechip.fitreport import describe, describe_run
 
 train = importlib.import_module("02_train")
 
@@ -100,8 +100,8 @@ def toy_work(peak_of, *, limit=None, kind="TPU v6 lite", devices=1, seconds_of=N
 # One step
 
 
-def test_a_fit_is_described_in_five_lines():
-    """Where and how long, memory by part, work, the compiler's estimate of time, and what it is of Colab's days."""
+def test_a_fit_is_described_in_four_lines_and_a_run_in_one():
+    """Where and how long, memory by part, work, the compiler's estimate of time; what a run is of Colab's days."""
     work, _ = toy_work(lambda config: 3 * GIB, seconds_of=lambda config: 0.002, params_of=lambda config: GIB // 8)
     fit = measure(work, Toy())
     assert fit.fits
@@ -112,16 +112,17 @@ def test_a_fit_is_described_in_five_lines():
     assert rest == [
         "  memory 3 of 31.25 GiB: parameters 0.5, optimizer 1, gradients 0.5, logits 3.81e-06, activations 1",
         "  work a token: 2 GFLOP, 3.0 MB moved",
-        "  compiler's estimate: 2.0 ms a step, 384 thousand tok/s, MFU 83.7%, 3 GiB; 3,600 steps in 0.0 h",
-        "  the day: 0.00276 billion tokens in 0.0 h: 0% of a Colab session of 23 h",
+        "  compiler's estimate: 2.0 ms a step, 384 thousand tok/s, MFU 83.7%, 3 GiB",
     ]
-    *_, day = describe(Toy(num_iterations=10**8), fit, peak, 4.5).splitlines()
-    units = "250 compute units at 4.5 an hour"
-    assert day == f"  the day: 76.8 billion tokens in 55.6 h: 3 Colab sessions of 23 h, {units}"
+    [day] = describe_run(Toy(), [fit], [peak])
+    assert day == "  the day: 3,600 steps, 0.00276 billion tokens in 0.0 h: 0% of a Colab session of 23 h"
+    [day] = describe_run(Toy(num_iterations=10**8), [fit], [peak], 4.5)
+    tokens, units = "100,000,000 steps, 76.8 billion tokens", "250 compute units at 4.5 an hour"
+    assert day == f"  the day: {tokens} in 55.6 h: 3 Colab sessions of 23 h, {units}"
     unknown, _ = toy_work(lambda config: 3 * GIB, kind="TPU v4")
     fit = measure(unknown, Toy())
     assert fit.fits and peak_rate(unknown, Toy()) == 275e12 / 2e9
-    assert len(describe(Toy(), fit, None).splitlines()) == 3
+    assert len(describe(Toy(), fit, None).splitlines()) == 3 and describe_run(Toy(), [fit], [None]) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------

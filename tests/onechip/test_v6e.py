@@ -9,7 +9,8 @@ import pytest
 
 from onechip.chips import GIB, topology_devices
 from onechip.doors import config_with
-from onechip.fit import DoesNotFit, describe, measure, peak_rate, require_fit
+from onechip.fit import DoesNotFit, measure, peak_rate, require_fit
+from onechip.fitreport import describe
 
 train = importlib.import_module("02_train")
 
