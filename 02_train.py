@@ -197,7 +197,7 @@ from onechip.export import (
     write_card,
 )
 from onechip.hub import open_mirror, upload_folder
-from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_and_norm, soft_cap
+from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_and_norm, soft_cap, tokens_in_lanes
 from onechip.lock import RunLock
 from onechip.machine import give_back_machine, open_tensorboard, read_secret
 from onechip.resume import bring_back, describe_machine, find_data, find_tokenizer
@@ -553,15 +553,15 @@ def attention_jax(q, k, v, rope, window, scale):
 
 
 def attention_splash(q, k, v, rope, window, scale):
-    from onechip.kernels import splash_attention
+    from onechip.splash import splash_attention
 
     return splash_attention(rope_and_norm(q, *rope), rope_and_norm(k, *rope), v, window, scale)
 
 
-def attention_pallas(q, k, v, rope, window, scale):
+def attention_pallas(q, k, v, rope, window, scale, more=None):
     from onechip.kernels import pallas_attention
 
-    return pallas_attention(q, k, v, *rope, window, scale)
+    return pallas_attention(q, k, v, *rope, window, scale, more)
 
 
 ATTENTIONS = dict(
@@ -601,10 +601,18 @@ def empty_cache(config, rows, length):
     return Cache(jnp.zeros((), jnp.int32), jnp.full((rows, 1), -1, jnp.int32), ((k, v),) * config.n_layer)
 
 
-def attend(config, i, rope, start, past, q, k, v):
-    """Layer i's attention over q, k, v and, if there is one, its part of a cache: (out (B, T, N, H), that part)."""
+def attend(config, i, rope, start, past, q, k, v, more=None):
+    """Layer i's attention over q, k, v and, if there is one, its part of a cache: (out (B, T, N, H), that part).
+
+    more: what is added to v, a gate (B, T, K) float32 for each head and rows (B, T, K * H); `pallas` adds it on the
+    way, which saves copies.
+    """
+    if more is not None and (past is not None or config.attn_impl != "pallas"):
+        gate, rows = more
+        v, more = v + gate.astype(v.dtype)[..., None] * rows.reshape(v.shape), None
     if past is None:
-        return ATTENTIONS[config.attn_impl](q, k, v, rope, config.windows[i], config.score_scale), None
+        added = {} if more is None else {"more": more}
+        return ATTENTIONS[config.attn_impl](q, k, v, rope, config.windows[i], config.score_scale, **added), None
     (B, T, _, H), S = q.shape, past[0].shape[1]
     q, k = rope_and_norm(q, *rope), rope_and_norm(k, *rope)
     append = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start)
@@ -632,13 +640,13 @@ def gpt_embed(config, params, tokens, before):
 def attention_block(layer, x, attend, more_v=None):
     """(what attention adds to the residual stream x (B, T, D), its part of the cache).
 
-    more_v(normed x) -> (B, T, K, H) is added to the values.
+    more_v(normed x): what is added to the values, as `attend` takes it.
     """
     x = rms_norm(x)
     q = jnp.einsum("btd,dnh->btnh", x, layer["c_q"])
     k = jnp.einsum("btd,dkh->btkh", x, layer["c_k"])
     v = jnp.einsum("btd,dkh->btkh", x, layer["c_v"])
-    y, past = attend(q, k, v if more_v is None else v + more_v(x))
+    y, past = attend(q, k, v) if more_v is None else attend(q, k, v, more_v(x))
     return jnp.tensordot(y, layer["c_proj"], 2), past  # einsum contracts (h, n), for which a CPU transposes
 
 
@@ -657,7 +665,7 @@ def gpt_block(config, params, i, streams, tokens, attend):
     """(the residual stream (B, T, D) after layer i, its part of the cache).
 
     streams: the residual stream after the embedding and after each layer so far; tokens (B, T): their ids;
-    attend(q, k, v): this layer's attention, (B, T, N, H) and its part of the cache.
+    attend(q, k, v, more=None): this layer's attention, (B, T, N, H) and its part of the cache.
     """
     layer, x = params["layers"][i], streams[-1]
     with jax.named_scope(f"layer_{i}/attention"):
@@ -698,7 +706,7 @@ def backbone(config, model, params, tokens, cache=None):
         if config.remat != "none":
             block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat])
         x, kv = block(params, streams)
-        streams.append(x)
+        streams.append(tokens_in_lanes(x))
         added.append(kv)
     hidden = model.readout(config, params, streams)
     grown = None if cache is None else Cache(start + tokens.shape[1], tokens[:, -1:], tuple(added))

@@ -424,10 +424,10 @@ def nanochat_embed(config, params, tokens, before):
 
 
 def gated_values(layer, tokens, x):
-    """What value embeddings add to a layer's values: (B, T, K, H), for its normed input x (B, T, D)."""
+    """What value embeddings add to a layer's values: a gate (B, T, K) for each head, from its normed input x (B, T, D),
+    and rows (B, T, W)."""
     gate = 3 * jax.nn.sigmoid((x[..., :GATE_INPUTS] @ layer["value_gate"]).astype(jnp.float32))
-    values = lookup(layer["value_embeds"], tokens)
-    return gate.astype(x.dtype)[..., None] * values.reshape(*gate.shape, -1)
+    return gate, lookup(layer["value_embeds"], tokens)
 
 
 def nanochat_block(config, params, i, streams, tokens, attend):

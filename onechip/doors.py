@@ -19,7 +19,8 @@ class Model(NamedTuple):
     embed(config, params, tokens, before) -> the residual stream (B, T, D) of tokens (B, T); before (B, 1) is the token
     ahead of them, -1 or None if there is none.
     block(config, params, i, streams, tokens, attend) -> (the stream after layer i, its part of the cache); streams: the
-    stream after the embedding and each layer so far; attend(q, k, v) -> (B, T, N, H) and the part of the cache.
+    stream after the embedding and each layer so far; attend(q, k, v, more=None) -> (B, T, N, H) and that part; more: a
+    gate (B, T, K) float32 and rows (B, T, K * H), whose product is added to v.
     Embeddings with a row for each token are read with onechip.rows.lookup, of the tokens that these two are given.
     readout(config, params, streams) -> final hidden states (B, T, D), which lm_head multiplies.
     read(config, arrays) -> its parameters, by their flat names, from an export in another library's format.

@@ -104,8 +104,9 @@ def kernel_cycles(config, sequences):
     if c.attn_impl not in ("pallas", "splash"):
         return 0
     from onechip import kernels  # here, because Pallas takes 0.3 s to import
+    from onechip.splash import SPLASH_BLOCK
 
-    block = kernels.block_size(c.seq_len) if c.attn_impl == "pallas" else math.gcd(c.seq_len, kernels.SPLASH_BLOCK)
+    block = kernels.block_size(c.seq_len) if c.attn_impl == "pallas" else math.gcd(c.seq_len, SPLASH_BLOCK)
     ours, splash = FUSED_BUNDLES.get(c.head_dim), SPLASH_BUNDLES.get((block, c.head_dim))
     for window in c.windows:
         visited = sum(1 for _ in kernels.tiles(c.seq_len, window, block))

@@ -11,13 +11,14 @@ Splash needs 42,918:
   there is no running maximum and nothing is rescaled; the sums ride along as 128 more columns of the product with v,
   half a matrix unit that was idle.
 - RoPE and QK-norm go in as well. They add 4,355 bundles, 0.08 ms a layer; as XLA passes over q and k they took 0.25.
+- So does what a model adds to the values, a gate for each head times rows of an embedding. Rows have their heads side
+  by side, (T, K * H), and the kernel wants (K, T, H): a block of 128 columns is a head's, and nothing is copied.
 
 Recomputing the scores in the backward pass from one number a row is FlashAttention's idea (Dao, 2022 and 2023). Keys
-along the rows of a tile there are Splash Attention's (JAX), which is here too, at the end, as a model calls it.
+along the rows of a tile there are Splash Attention's (JAX), which is in splash.py.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,6 @@ from onechip.errors import require
 
 LANES = 128
 EPS = 2.0**-23  # float32's epsilon, added to a mean square, as the model's own norm does
-# Of JAX's kernel: 2048 does not fit VMEM, 512 took a quarter longer in the v6e timings of vorushin/tpuchat
-# (https://github.com/vorushin/tpuchat).
-SPLASH_BLOCK = 1024
 MOST_ENTRIES = 1 << 19  # of a head, T * H: beyond, the unrolled program grows past what compiles in minutes
 
 
@@ -106,11 +104,35 @@ def rotated_unit_backward(x_ref, g, cos, sin, rows):
     return r * (g - y * mean(g * y, x_ref.dtype))
 
 
-def forward_kernel(q_ref, k_ref, v_ref, cos, sin, o_ref, lse_ref, k_unit, *, window, scale, b):
-    """One head: o (T, H) and the scores' logsumexp (1, T) from q, k, v (T, H)."""
+def as_column(row):
+    """A row (1, b) as a column (b, 128), the same in every lane."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def gated_rows(gate_ref, more_ref, rows):
+    """(gate times more, gate) of some rows, float32 (b, H): gate_ref (1, T), more_ref (T, H)."""
+    gate = jnp.tile(as_column(gate_ref[:, rows]), (1, more_ref.shape[1] // LANES))
+    return gate * more_ref[rows, :].astype(jnp.float32), gate
+
+
+def sum_values(v_ref, more, value, blocks):
+    """Writes v + gate * more to value (T, H), a block at a time; more: refs of (gate, more)."""
+    for rows in blocks:
+        value[rows, :] = (v_ref[rows, :].astype(jnp.float32) + gated_rows(*more, rows)[0]).astype(value.dtype)
+
+
+def forward_kernel(q_ref, k_ref, v_ref, *refs, window, scale, b, gated):
+    """One head: o (T, H) and the scores' logsumexp (1, T) from q, k, v (T, H).
+
+    gated: two more inputs, gate (1, T) and more (T, H); values are v + gate * more.
+    """
+    more, (cos, sin, o_ref, lse_ref, k_unit, *value) = refs[: 2 * gated], refs[2 * gated :]
     T, H = q_ref.shape
     blocks = [slice(i * b, (i + 1) * b) for i in range(T // b)]
     ones = jnp.ones((b, LANES), v_ref.dtype)
+    if gated:
+        sum_values(v_ref, more, value[0], blocks)
+        v_ref = value[0]
     for i, rows in enumerate(blocks):
         k_unit[rows, :] = rotated_unit(k_ref, cos, sin, rows).astype(k_unit.dtype)
         q = (rotated_unit(q_ref, cos, sin, rows) * scale).astype(q_ref.dtype)
@@ -124,20 +146,24 @@ def forward_kernel(q_ref, k_ref, v_ref, cos, sin, o_ref, lse_ref, k_unit, *, win
         lse_ref[:, rows] = jnp.log(sums).T[:1]
 
 
-def backward_kernel(
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, cos, sin, dq_ref, dk_ref, dv_ref,
-    q_unit, k_unit, dq, *shared, window, scale, b,
-):  # fmt: skip
+def backward_kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, window, scale, b, gated):
     """One head: dq, dk, dv (T, H). Keys run along the rows of each tile, so that lse and delta (1, T) are row vectors.
 
     delta is the row sum of o * do. dk and dv of a key head that several query heads share are summed in `shared`.
+    gated: gate (1, T) and more (T, H) go in as well, and their gradients come out.
     """
+    more, (cos, sin, *refs) = refs[: 2 * gated], refs[2 * gated :]
+    (dq_ref, dk_ref, dv_ref), d_more, refs = refs[:3], refs[3 : 3 + 2 * gated], refs[3 + 2 * gated :]
+    (q_unit, k_unit, dq), value, shared = refs[:3], refs[3 : 3 + gated], refs[3 + gated :]
     T, H = q_ref.shape
     blocks = [slice(i * b, (i + 1) * b) for i in range(T // b)]
     for rows in blocks:
         q_unit[rows, :] = (rotated_unit(q_ref, cos, sin, rows) * scale).astype(q_unit.dtype)
         k_unit[rows, :] = rotated_unit(k_ref, cos, sin, rows).astype(k_unit.dtype)
         dq[rows, :] = jnp.zeros((b, H), jnp.float32)
+    if gated:
+        sum_values(v_ref, more, value[0], blocks)
+        v_ref = value[0]
     for j, cols in enumerate(blocks):
         dk = dv = jnp.zeros((b, H), jnp.float32)
         for i, masked in [(i, masked) for i, j_, masked in tiles(T, window, b) if j_ == j]:
@@ -155,9 +181,18 @@ def backward_kernel(
         dk, dv = [total[cols, :] for total in shared] or grads
         dk_ref[cols, :] = dk.astype(dk_ref.dtype)
         dv_ref[cols, :] = dv.astype(dv_ref.dtype)
+        if gated:
+            write_gate_gradients(*more, *d_more, dv, cols)
     for rows in blocks:
         grad = rotated_unit_backward(q_ref, dq[rows, :] * scale, cos, sin, rows)
         dq_ref[rows, :] = grad.astype(dq_ref.dtype)
+
+
+def write_gate_gradients(gate_ref, more_ref, d_gate, d_more, dv, cols):
+    """Writes some rows of the gradients of gate and more, from that of the values, dv (b, H)."""
+    gate = gated_rows(gate_ref, more_ref, cols)[1]
+    d_more[cols, :] = (gate * dv).astype(d_more.dtype)
+    d_gate[:, cols] = jnp.sum(more_ref[cols, :].astype(jnp.float32) * dv, axis=1, keepdims=True).T
 
 
 def interpreted_off_tpu(kernel, *args):
@@ -172,10 +207,12 @@ def interpreted_off_tpu(kernel, *args):
 
 
 def call_by_head(kernel, name, inputs, tables, outputs, scratch, cost):
-    """pallas_call over (B, K, N / K); inputs and outputs are (B, N or K, rows, columns), tables (T, H)."""
-    (B, N), K = inputs[0].shape[:2], inputs[1].shape[1]
+    """pallas_call over (B, K, N / K): inputs, outputs (B, N or K, rows, columns) or (B, T, K * H); tables (T, H)."""
+    (B, N), K, H = inputs[0].shape[:2], inputs[1].shape[1], inputs[0].shape[3]
 
     def spec(a):  # a product of grid indices, never a quotient: `//` of one asks for the local device, here a CPU
+        if len(a.shape) == 3:
+            return pl.BlockSpec((None, a.shape[1], H), lambda b, k, g: (b, 0, k))
         per_query_head = a.shape[1] == N
         return pl.BlockSpec(
             (None, None, *a.shape[2:]), lambda b, k, g: (b, k * (N // K) + g if per_query_head else k, 0, 0)
@@ -206,36 +243,40 @@ def count_cost(arrays, window, products):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def fused_attention(q, k, v, cos, sin, window, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def fused_attention(q, k, v, more, cos, sin, window, scale):
     """Attention over the last `window` keys of q and k as they leave their products: (B, N, T, H), in q's dtype.
 
-    q (B, N, T, H), k and v (B, K, T, H). cos and sin (T, H) float32: cosines and signed sines of the rotary angles, as
+    q (B, N, T, H), k and v (B, K, T, H). more: None, or what is added to v, a gate (B, K, 1, T) float32 times rows
+    (B, T, K * H). cos and sin (T, H) float32: cosines and signed sines of the rotary angles, as
     `rotate` takes them. T a multiple of 128, H of 128. Scores are of rotated, normed q and k, times `scale`.
     """
-    return fused_forward(q, k, v, cos, sin, window, scale)[0]
+    return fused_forward(q, k, v, more, cos, sin, window, scale)[0]
 
 
-def fused_forward(q, k, v, cos, sin, window, scale):
-    kernel = functools.partial(forward_kernel, window=window, scale=scale, b=block_size(q.shape[2]))
+def fused_forward(q, k, v, more, cos, sin, window, scale):
+    gated = more is not None
+    kernel = functools.partial(forward_kernel, window=window, scale=scale, b=block_size(q.shape[2]), gated=gated)
     row = jax.ShapeDtypeStruct((*q.shape[:2], 1, q.shape[2]), jnp.float32)
     outputs = [jax.ShapeDtypeStruct(q.shape, q.dtype), row]
-    scratch, cost = [pltpu.VMEM(q.shape[2:], q.dtype)], count_cost((q, k, v, q), window, 2)
-    o, lse = call_by_head(kernel, f"attention_forward_{window}", (q, k, v), (cos, sin), outputs, scratch, cost)
-    return o, (q, k, v, cos, sin, o, lse)
+    inputs = (q, k, v, *(more or ()))
+    scratch, cost = [pltpu.VMEM(q.shape[2:], q.dtype)] * (1 + gated), count_cost((*inputs, q), window, 2)
+    o, lse = call_by_head(kernel, f"attention_forward_{window}", inputs, (cos, sin), outputs, scratch, cost)
+    return o, (q, k, v, more, cos, sin, o, lse)
 
 
 def fused_backward(window, scale, saved, do):
-    q, k, v, cos, sin, o, lse = saved
+    q, k, v, more, cos, sin, o, lse = saved
+    gated, more = more is not None, more or ()
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1)[:, :, None]
-    kernel = functools.partial(backward_kernel, window=window, scale=scale, b=block_size(q.shape[2]))
-    scratch = [pltpu.VMEM(q.shape[2:], dtype) for dtype in (q.dtype, q.dtype, jnp.float32)]
+    kernel = functools.partial(backward_kernel, window=window, scale=scale, b=block_size(q.shape[2]), gated=gated)
+    scratch = [pltpu.VMEM(q.shape[2:], dtype) for dtype in (q.dtype, q.dtype, jnp.float32, *[v.dtype] * gated)]
     if k.shape[1] < q.shape[1]:
         scratch += [pltpu.VMEM(q.shape[2:], jnp.float32)] * 2
-    outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k, v)]
-    inputs, cost = (q, k, v, do, lse, delta), count_cost((q, k, v, o, do, q, k, v), window, 5)
+    outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k, v, *more)]
+    inputs, cost = (q, k, v, do, lse, delta, *more), count_cost((q, k, v, o, do, q, k, v, *more, *more), window, 5)
     grads = call_by_head(kernel, f"attention_backward_{window}", inputs, (cos, sin), outputs, scratch, cost)
-    return *grads, None, None
+    return *grads[:3], tuple(grads[3:]) if gated else None, None, None
 
 
 fused_attention.defvjp(fused_forward, fused_backward)
@@ -245,35 +286,15 @@ fused_attention.defvjp(fused_forward, fused_backward)
 # As a model calls them: tokens before heads
 
 
-def pallas_attention(q, k, v, cos, sin, window, scale):
+def pallas_attention(q, k, v, cos, sin, window, scale, more=None):
     """Attention over the last `window` keys by the kernels above, (B, T, N, H) in q's dtype.
 
     q (B, T, N, H) and k, v (B, T, K, H) as they leave their products: RoPE and QK-norm are done here. cos, sin (T, H)
-    float32; scale: what the scores are multiplied by. T and H multiples of 128, T * H at most MOST_ENTRIES.
+    float32; scale: what the scores are multiplied by; more: what is added to v, a gate (B, T, K) float32 for each head
+    and rows (B, T, K * H). T and H multiples of 128, T * H at most MOST_ENTRIES.
     """
     heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-    return jnp.swapaxes(fused_attention(*heads_first, cos, sin, window, scale), 1, 2)
-
-
-def splash_attention(q, k, v, window, scale):
-    """Attention over the last `window` keys by JAX's Splash Attention, (B, T, N, H) in q's dtype.
-
-    q (B, T, N, H) and k, v (B, T, K, H), q and k already rotated and normed; scores are times `scale`. T a
-    multiple of 128.
-    """
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    T, N = q.shape[1], q.shape[2]
-    # LocalMask is inclusive: w - 1 keys to the left and none to the right are a causal window of w.
-    mask = splash.CausalMask((T, T)) if window >= T else splash.LocalMask((T, T), (window - 1, 0), 0)
-    mask = splash.MultiHeadMask([mask] * N)
-    block = math.gcd(T, SPLASH_BLOCK)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks = splash.BlockSizes(**{f"block_{name}": block for name in names} | {"block_kv_compute": math.gcd(T, 512)})
-
-    def kernel(interpret, q, k, v):
-        attend = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
-        return jax.vmap(attend)(q, k, v)
-
-    heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * scale, k, v)]  # Splash does not scale by itself
-    return jnp.swapaxes(interpreted_off_tpu(kernel, *heads_first), 1, 2)
+    if more is not None:
+        gate, rows = more
+        more = jnp.swapaxes(gate, 1, 2)[:, :, None].astype(jnp.float32), rows
+    return jnp.swapaxes(fused_attention(*heads_first, more, cos, sin, window, scale), 1, 2)

@@ -11,6 +11,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def inverse_rms(x):
@@ -32,6 +33,13 @@ def rms_norm_backward(x, g):
 
 
 rms_norm.defvjp(lambda x: (rms_norm(x), x), rms_norm_backward)
+
+
+def tokens_in_lanes(x):
+    """x (B, T, D), on a TPU laid out with tokens along the lanes: a norm then sums over rows of a register, which is
+    fast, and not across its lanes. LOG.md, "Tokens along the lanes", has what it is worth."""
+    layout = Layout((0, 2, 1))
+    return jax.lax.platform_dependent(x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x)
 
 
 def rotate_halves(x, cos, sin):
