@@ -1334,6 +1334,7 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
     """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer, mirror)."""
     mirror, folder = open_mirror(run, hub_token), RunFolder(Path(run.out) / run.name)
     accept = [name for name, given in (("data", run.other_data), ("owner", run.take_over)) if given]
+    session = {"mirror": mirror, "accept": accept, "hours": run.session_hours}
     with RunLock(folder.lock, run.take_over) as lock:
         bring_back(folder, mirror)
         corpus = tok.get_corpus(run.data, run.num_shards, find_data(folder))
@@ -1342,7 +1343,7 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
         task = pretraining(config, corpus, tokenizer)
         sample = make_sample_writer(config, tokenizer, PROMPTS.get(corpus.name, PROMPTS["default"]), model)
         parts = {"model": model, "optimizer": optimizer, "sample": sample}
-        result = train(config, task, folder.path, **parts, lock=lock, mirror=mirror, accept=accept)
+        result = train(config, task, folder.path, **parts, lock=lock, **session)
     return result, tokenizer, mirror
 
 
@@ -1417,7 +1418,7 @@ def open_model(source, model=None):
     files, folder = find_model_files(source), Path(tok.__file__).parent
     model = model or find_model(files.about.get("model", GPT.name), folder, GPT)
     config = files.make_config(config_of(files.about, model, folder))
-    params, tokenizer = jax.device_put(files.load_params(config, model)), tok.load_tokenizer(files.tokenizer)
+    params, tokenizer = files.load_params(config, model), tok.load_tokenizer(files.tokenizer)
     check_vocabulary(config, tokenizer)
     return Opened(config, params, tokenizer, model)
 

@@ -59,14 +59,14 @@ class RunLock:
         self._ended.set()
         self._thread.join()
         if self._is_mine():
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is away: the lock expires there
+                self._path.unlink(missing_ok=True)
 
     def check(self):
-        """Raises UserError if another process has taken the run over."""
-        if not self._is_mine() and self._read() is not None:
-            raise UserError(
-                f"{self._path.parent}: {self._describe(self._read())} has taken this run over; it ends here"
-            )
+        """Raises UserError if another process has taken the run over; a lock that cannot be read says nothing."""
+        owner = self._read() or self._me
+        if owner.get("token") != self._me["token"]:
+            raise UserError(f"{self._path.parent}: {self._describe(owner)} has taken this run over; it ends here")
 
     def _claim(self):
         while not create_whole(self._path, json.dumps(self._me) + "\n"):

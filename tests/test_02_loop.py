@@ -515,7 +515,7 @@ def test_a_step_is_saved_then_evaluated_then_sampled(tmp_path):
     mirror = SimpleNamespace(
         restored=False, restore=lambda folder: None, offer=lambda path: seen.append(int(path.name[5:]))
     )
-    mirror.finish = lambda: None
+    mirror.finish, mirror.held = lambda: None, set
     quick(tmp_path, score, sample, mirror=mirror, num_iterations=20, save_every=6, eval_every=9, sample_every=7)
     assert [step for step in seen if isinstance(step, int)] == [6, 7, 9, 12, 14, 18, 20]
     assert [name for name in seen if isinstance(name, tuple)] and [s[0] for s in seen if isinstance(s, tuple)] == [
