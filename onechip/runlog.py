@@ -162,9 +162,9 @@ class RunLog:
             self._files.append(self._events)
             self._events.flush()
 
-    def text(self):
-        """All rows as metrics.jsonl has them."""
-        return "".join(json.dumps(row) + "\n" for row in self.rows)
+    def text(self, count=None):
+        """The first `count` rows, or all, as metrics.jsonl has them."""
+        return "".join(json.dumps(row) + "\n" for row in self.rows[:count])
 
     @contextlib.contextmanager
     def pause(self):

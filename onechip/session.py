@@ -70,6 +70,7 @@ class Session:
         self.scores, self.samples = {}, []
         self._record = {"best_step": None, "best_score": None, "notes": notes}
         self.disk, self._deadline = Disk(self.folder.path), Deadline(hours)
+        self._scored = None, 0  # the last step with a score, and the rows before it
         self._paused = False  # whether a long pause has been reported
         self._mid_step, self._ruined, self._closing = False, False, contextlib.ExitStack()
 
@@ -205,11 +206,15 @@ class Session:
 
     def _pack(self):
         record = {**self._record, "made_from": self.origin}
-        return {**pack_state(self.state, self.position, record, self.config, self.log.text()), **self._files}
+        # A score of this very step, where its checkpoint failed at first, is made again by who resumes from it.
+        text = self.log.text(self._scored[1] if self._scored[0] == self.step else None)
+        return {**pack_state(self.state, self.position, record, self.config, text), **self._files}
 
     def record(self, scores):
         """Logs the scores of an evaluation, {"val_loss": ..., ...}, and redraws loss.png."""
         self.scores = scores
+        if self._scored[0] != self.step:
+            self._scored = self.step, len(self.log.rows)
         best, score = self._record["best_score"], scores[self.metric]
         if best is None or score < best:
             self._record |= {"best_step": self.step, "best_score": score}
