@@ -503,6 +503,21 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_skipped(tmp_path, capsys, k
     assert (tmp_path / "damaged_step_00000003_1").exists()
 
 
+def test_a_large_file_is_read_once_for_each_time_it_was_written(tmp_path, monkeypatch):
+    """A start looks at the newest checkpoint several times; one that was changed in between is hashed again."""
+    monkeypatch.setattr(checkpoints, "LARGE", 20)
+    hashed, real = [], hash_file
+    monkeypatch.setattr(checkpoints, "hash_file", lambda path: hashed.append(path.name) or real(path))
+    path = tmp_path / "step_00000003"
+    write_checkpoint(path, some_files(3))
+    for _ in range(3):
+        assert find_damage(path) is None
+    assert hashed.count("params.safetensors") == 1 and hashed.count("config.json") == 3
+    flip(path / "params.safetensors")
+    os.utime(path / "params.safetensors", ns=(1, 1))
+    assert "another SHA-256" in find_damage(path)
+
+
 def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch, capsys):
     """An I/O error in one checkpoint does not keep a run from the one before."""
     for step in (1, 2):
