@@ -56,7 +56,7 @@ class Disk:
         with self._lock:
             mended = self._failed.pop(what, None) is not None and not self._failed
         if mended:
-            say_above_bars(f"disk: {self.path} works again, {what} is written")
+            say_above_bars(f"disk: {self.path} works again")
 
 
 def rescue_folder(path):

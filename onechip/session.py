@@ -253,8 +253,10 @@ class Session:
             self.save()
         except NonFiniteLoss as error:
             self._ruined = True
+            kept = None
             self._save_apart()
-            kept = newest_checkpoint(self.folder.checkpoints)
+            with contextlib.suppress(OSError):  # a disk that is away must not hide the loss
+                kept = newest_checkpoint(self.folder.checkpoints)
             raise NonFiniteLoss(f"{error}; {self._where_it_resumes(kept)}") from None
         except Exception:
             if not self._mid_step:
@@ -271,8 +273,7 @@ class Session:
         """Writes the state as nonfinite_NNNNNNNN, to be looked into; nothing resumes from it."""
         self._writer.wait()
         path = self.folder.nonfinite(self.step)
-        if not path.exists():
-            self.disk.attempt(path.name, write_checkpoint, path, self._pack())
+        self.disk.attempt(path.name, lambda: path.exists() or write_checkpoint(path, self._pack()))
 
     def _save_in_spite(self):
         """Saves what was reached before an error is raised, which nothing here may replace."""
