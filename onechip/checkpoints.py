@@ -136,7 +136,8 @@ def write_checkpoint(path, files, take=fetch):
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    path.parent.mkdir(exist_ok=True)  # not the folders above: those of a disk that is away must not be made anew
+    part.mkdir()
     try:
         with reporting_full_disk(path):
             manifest = {}

@@ -291,6 +291,7 @@ class Session:
             return
         self._check_state()
         path = rescue_folder(self.folder.path) / checkpoint_name(self.step)
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_checkpoint(path, self._pack())
         say(f"checkpoint: rescued to {path}; the same command brings it back when {self.folder.path} can be written to")

@@ -273,6 +273,7 @@ def put_up(hub, *steps):
     files = {}
     for step in steps:
         path = Path(os.environ["ONECHIP_HOME"]) / f"elsewhere_{time.monotonic_ns()}" / f"step_{step:08d}"
+        path.parent.mkdir(parents=True)
         write_checkpoint(path, some_files(step))
         files |= {f"checkpoints/{path.name}/{name}": raw for name, raw in content(path).items()}
     hub.add_repo(REPO, files)
