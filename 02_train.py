@@ -1162,8 +1162,8 @@ if LOOK:
 #   far. Nothing random happens after the weights are drawn, so there is no generator to save. It is safetensors and
 #   JSON, 3.2 GB at the default size. It leaves the chip array by array; a thread writes, hashes and syncs. Training
 #   waits until the last array is on the host, which holds 2 GiB of them at most: the rest waits for the disk.
-# - **A disk that is full or away**, as Google Drive is at times, ends nothing: a line says so, it is tried again
-#   every minute. What it does not take at the end is kept on the machine's own disk, and comes back with the next start.
+# - **A disk that is full or away**, as Google Drive is at times, ends nothing: a line says so, and it is tried again
+#   every minute. What it does not take at the end stays on the machine's own disk until the next start.
 # - **Resuming is exact.** The checkpoint of step N is taken before the evaluation or sampling due at step N; a resumed
 #   run does those first. So the files of a run that was killed and resumed are those of a run that was not.
 # - **The chip is never idle.** Losses are read from the device every ten steps and one step late, so that the next
