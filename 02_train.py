@@ -1185,7 +1185,10 @@ if LOOK:
 #
 # - **A checkpoint** is the whole state: parameters, optimizer state, step, the position in the data, the metrics so
 #   far. Nothing random happens after the weights are drawn, so there is no generator to save. It is safetensors and
-#   JSON, 3.2 GB at the default size. The one pause is the copy from the device; a thread writes, syncs and hashes.
+#   JSON, 3.2 GB at the default size. It leaves the chip array by array; a thread writes, hashes and syncs. Training
+#   waits until the last array is on the host, which holds 2 GiB of them at most: the rest waits for the disk.
+# - **A disk that is full or away**, as Google Drive is at times, ends nothing: a line says so, and it is tried again
+#   every minute. What it does not take at the end stays on the machine's own disk until the next start.
 # - **Resuming is exact.** The checkpoint of step N is taken before the evaluation or sampling due at step N; a resumed
 #   run does those first. So the files of a run that was killed and resumed are those of a run that was not.
 # - **The chip is never idle.** Losses are read from the device every ten steps and one step late, so that the next
@@ -1380,6 +1383,7 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
     """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer, mirror)."""
     mirror, folder = open_mirror(run, hub_token), RunFolder(Path(run.out) / run.name)
     accept = [name for name, given in (("data", run.other_data), ("owner", run.take_over)) if given]
+    session = {"mirror": mirror, "accept": accept, "hours": run.session_hours}
     with RunLock(folder.lock, run.take_over) as lock:
         bring_back(folder, mirror)
         corpus = tok.get_corpus(run.data, run.num_shards, find_data(folder))
@@ -1388,7 +1392,7 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
         task = pretraining(config, corpus, tokenizer)
         sample = make_sample_writer(config, tokenizer, PROMPTS.get(corpus.name, PROMPTS["default"]), model)
         parts = {"model": model, "optimizer": optimizer, "sample": sample}
-        result = train(config, task, folder.path, **parts, lock=lock, mirror=mirror, accept=accept)
+        result = train(config, task, folder.path, **parts, lock=lock, **session)
     return result, tokenizer, mirror
 
 
@@ -1463,7 +1467,7 @@ def open_model(source, model=None):
     files, folder = find_model_files(source), Path(tok.__file__).parent
     model = model or find_model(files.about.get("model", GPT.name), folder, GPT)
     config = files.make_config(config_of(files.about, model, folder))
-    params, tokenizer = jax.device_put(files.load_params(config, model)), tok.load_tokenizer(files.tokenizer)
+    params, tokenizer = files.load_params(config, model), tok.load_tokenizer(files.tokenizer)
     check_vocabulary(config, tokenizer)
     return Opened(config, params, tokenizer, model)
 

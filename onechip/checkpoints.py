@@ -1,4 +1,4 @@
-"""Checkpoints: pytrees as files, complete and verified, written in a thread next to training.
+"""Checkpoints: pytrees as files, complete and verified.
 
 A checkpoint is a folder of safetensors and JSON: parameters, optimizer state, step, position in the data, metrics so
 far and settings. Its manifest has every file's size and SHA-256.
@@ -9,28 +9,42 @@ import itertools
 import json
 import re
 import shutil
-import threading
 from pathlib import Path
 
 from onechip.errors import UserError, first_line, require, say
-from onechip.files import fsync_path, hash_file, read_json, read_json_lines, rename_to_disk, reporting_full_disk
-from onechip.runfolder import CONFIG, MANIFEST, METRICS, OPT, PARAMS, STATE, STREAM, checkpoint_name, find_checkpoints
+from onechip.files import (
+    fsync_path,
+    hash_file,
+    read_json,
+    read_json_lines,
+    rename_to_disk,
+    reporting_full_disk,
+    write_hashed,
+)
+from onechip.runfolder import CONFIG, MANIFEST, METRICS, OPT, PARAMS, STATE, STREAM, find_checkpoints
+from onechip.statefile import fetch, file_order, in_chunks, load_arrays, stored_arrays
+
+
+def name_leaves(tree):
+    """{"layers.0.c_q": array, ...} of a pytree of dicts, lists, tuples and NamedTuples; no array is copied."""
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError("two arrays of this pytree have the same name: do not use a dot in the name of a parameter")
+    return named
 
 
 def flatten(tree):
-    """{"layers.0.c_q": NumPy array, ...} of a pytree of dicts, lists, tuples and NamedTuples."""
-    import jax
+    """The same with NumPy arrays."""
     import numpy as np
 
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    arrays = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
-    if len(arrays) < len(leaves):
-        raise ValueError("two arrays of this pytree have the same name: do not use a dot in the name of a parameter")
-    return arrays
+    return {name: np.asarray(leaf) for name, leaf in name_leaves(tree).items()}
 
 
 def unflatten(template, arrays, what="model"):
-    """The inverse of flatten, as a pytree like `template`; UserError names an array that only one of the two has."""
+    """The inverse of name_leaves, as a pytree like `template`; UserError names an array that only one of them has."""
     import jax
 
     left = dict(arrays)
@@ -49,28 +63,20 @@ def unflatten(template, arrays, what="model"):
 
 
 def pack_state(state, position, notes, config, metrics=""):
-    """A checkpoint's files, {name: bytes, or dict of NumPy arrays}, copied from the device.
+    """A checkpoint's files, {name: bytes, or dict of arrays}; those of the state stay on the device until written.
 
     state: {"params": pytree, "opt": pytree, "step": int32 scalar} on the device; position in the data: a dict of JSON
     values and NumPy arrays; notes: a dict that JSON can hold; config: a dataclass; metrics: the text of metrics.jsonl.
     """
-    import jax
     import numpy as np
 
-    # The next step is given the state's memory, and on a CPU NumPy would see just that: it needs a copy.
-    copy = True if jax.default_backend() == "cpu" else None
-    fetched = jax.device_get(state)
-    arrays = {
-        key: {name: np.array(a, copy=copy, order="C") for name, a in flatten(fetched[key]).items()}  # for safetensors
-        for key in ("params", "opt")
-    }
-    stream = {name: np.array(a, copy=None, order="C") for name, a in position.items() if isinstance(a, np.ndarray)}
+    stream = {name: a for name, a in position.items() if isinstance(a, np.ndarray)}
     rest = {name: value for name, value in position.items() if name not in stream}
     return {
-        PARAMS: arrays["params"],
-        OPT: arrays["opt"],
+        PARAMS: name_leaves(state["params"]),
+        OPT: name_leaves(state["opt"]),
         STREAM: stream,
-        STATE: _json_bytes({"step": int(fetched["step"]), "stream": rest, **notes}),
+        STATE: _json_bytes({"step": int(state["step"]), "stream": rest, **notes}),
         CONFIG: _json_bytes(dataclasses.asdict(config)),
         METRICS: metrics.encode(),
     }
@@ -80,12 +86,19 @@ def _json_bytes(value):
     return json.dumps(value, indent=2).encode()
 
 
-def unpack_state(path, template):
-    """(state, position, notes) of a checkpoint folder, as pack_state was given them; state holds NumPy arrays.
+def arrays_in(files):
+    """The arrays of a checkpoint's files, in the order in which write_checkpoint takes them."""
+    return [c[name] for c in files.values() if isinstance(c, dict) for name in file_order(c)]
 
-    template: a pytree of jax.ShapeDtypeStruct like the state. UserError, one line, for a checkpoint of another model or
-    another optimizer.
+
+def unpack_state(path, template, place=lambda array, like: array):
+    """(state, position, notes) of a checkpoint folder, as pack_state was given them.
+
+    template: a pytree of jax.ShapeDtypeStruct like the state. place(NumPy array, its ShapeDtypeStruct) gets one array
+    of the state at a time, and what it returns is in the state. UserError, one line, for a checkpoint of another model
+    or another optimizer.
     """
+    import jax
     import numpy as np
 
     path = Path(path)
@@ -93,70 +106,51 @@ def unpack_state(path, template):
     step, stream = notes.pop("step", None), notes.pop("stream", None)
     require(isinstance(step, int) and 0 <= step < 2**31, f"{path / STATE}: step", step, "must be a number of steps")
     require(isinstance(stream, dict), f"{path / STATE}: stream", stream, "must be a position in the data")
-    state = {
-        "params": unflatten(template["params"], load_arrays(path / PARAMS)),
-        "opt": unflatten(template["opt"], _load_opt(path, template["opt"]), "optimizer"),
-        "step": np.asarray(step, np.int32),
+    stored = {
+        "params": unflatten(template["params"], stored_arrays(path / PARAMS)),
+        "opt": unflatten(template["opt"], _find_opt(path, template["opt"]), "optimizer"),
     }
-    return state, {**stream, **load_arrays(path / STREAM)}, notes
+    position = {**stream, **load_arrays(path / STREAM)}
+    read = lambda array, like: place(array.read(), like)
+    state = jax.tree.map(read, stored, {key: template[key] for key in stored})
+    return {**state, "step": place(np.asarray(step, np.int32), template["step"])}, position, notes
 
 
-def _load_opt(path, template):
-    """The arrays of the optimizer's state; before 2026-11-21 AdamW's two moments had a file each."""
+def _find_opt(path, template):
+    """The stored arrays of the optimizer's state; before 2026-11-21 AdamW's two moments had a file each."""
     moments = {key: path / f"{key}.safetensors" for key in ("mu", "nu")}
     if (path / OPT).exists() or not moments["mu"].exists():
-        return load_arrays(path / OPT)
+        return stored_arrays(path / OPT)
     if not isinstance(template, dict) or set(template) != {"mu", "nu"}:
         raise UserError(f"{path}: holds AdamW's moments, and this optimizer needs other state; give the run a new name")
-    return {f"{key}.{name}": array for key, file in moments.items() for name, array in load_arrays(file).items()}
+    return {f"{key}.{name}": array for key, file in moments.items() for name, array in stored_arrays(file).items()}
 
 
-def load_arrays(path):
-    """The NumPy arrays of a safetensors file by name; UserError, one line, if it cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({first_line(error)})") from None
-
-
-def write_checkpoint(path, files):
+def write_checkpoint(path, files, take=fetch):
     """Writes a folder of `files` {name: bytes, or dict of arrays for safetensors}, completely or not at all.
 
-    Each file is written next to its place and synced; then manifest.json with sizes and SHA-256, the folder, the
-    rename, the parent. So a folder under its final name was complete, whenever the machine crashed, and its manifest
-    says whether it still is.
+    Each file is written next to its place, hashed on the way and synced; then manifest.json with sizes and SHA-256, the
+    folder, the rename, the parent. So a folder under its final name was complete, whenever the machine crashed, and its
+    manifest says whether it still is. take(array) gives each array's NumPy array, in the order of arrays_in.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    path.parent.mkdir(exist_ok=True)  # not the folders above: those of a disk that is away must not be made anew
+    part.mkdir()
     try:
         with reporting_full_disk(path):
-            _write_files(part, files)
+            manifest = {}
+            for name, content in files.items():
+                chunks = [content] if isinstance(content, bytes) else in_chunks(content, take)
+                manifest[name] = write_hashed(part / name, chunks)
+            (part / MANIFEST).write_text(json.dumps(manifest, indent=2))
+            fsync_path(part / MANIFEST)
+            fsync_path(part)
             rename_to_disk(part, path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)  # after a full disk the next attempt needs its space
         raise
-
-
-def _write_files(folder, files):
-    from safetensors.numpy import save_file
-
-    manifest = {}
-    for name, content in files.items():
-        file = folder / name
-        if isinstance(content, bytes):
-            file.write_bytes(content)
-        else:
-            save_file(content, file)
-        fsync_path(file)
-        manifest[name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    fsync_path(folder / MANIFEST)
-    fsync_path(folder)
 
 
 def find_damage(path):
@@ -187,14 +181,25 @@ def read_manifest(path):
     return manifest
 
 
+LARGE = 1 << 28  # bytes: a start looks for the newest checkpoint several times, and 14 GB take a minute to read
+_sound = set()  # large files, as they are, that this process has hashed
+
+
 def find_file_damage(file, size, sha256):
     """What is wrong with one file of a checkpoint, in words, or None."""
     try:
         if not file.is_file():
             return f"{file.name} is missing"
-        if file.stat().st_size != size:
-            return f"{file.name} has {file.stat().st_size:,} bytes, not {size:,}"
-        return None if hash_file(file) == sha256 else f"{file.name} has another SHA-256 than when it was written"
+        found = file.stat()
+        if found.st_size != size:
+            return f"{file.name} has {found.st_size:,} bytes, not {size:,}"
+        state = (file.absolute(), found.st_ino, found.st_mtime_ns, sha256)
+        if state not in _sound:
+            if hash_file(file) != sha256:
+                return f"{file.name} has another SHA-256 than when it was written"
+            if size >= LARGE:
+                _sound.add(state)
+        return None
     except OSError as error:  # a disk that is failing
         return f"{file.name} cannot be read ({first_line(error)})"
 
@@ -225,54 +230,3 @@ def clear_leftovers(folder):
         if left.is_dir() and not left.is_symlink():
             if ours or (draft and {path.name for path in left.iterdir()} <= {draft[1]}):
                 shutil.rmtree(left, ignore_errors=True)
-
-
-class CheckpointWriter:
-    """Writes the checkpoints of one run in a thread, and keeps the last `keep` and the best.
-
-    `save` waits for the write before it and hands over; an error in the thread is raised by the next `save`, `check`
-    or `wait`. `after(path)` is called in the thread when a checkpoint is in place.
-    """
-
-    def __init__(self, folder, keep=2, after=None):
-        self._folder, self._keep, self._after = Path(folder), keep, after
-        self._thread, self._error = None, None
-
-    def save(self, step, files, best=None):
-        """Starts writing step_NNNNNNNN, unless it exists; `best` is the step whose checkpoint must be kept."""
-        self.wait()
-        path = self._folder / checkpoint_name(step)
-        if path.is_symlink() or path.is_file():
-            raise UserError(f"{path}: is not a checkpoint of this run, and in the way of one: move it elsewhere")
-        if path.exists():
-            return
-        self._thread = threading.Thread(target=self._work, args=(path, files, best), name="checkpoint")
-        self._thread.start()
-
-    def _work(self, path, files, best):
-        try:
-            write_checkpoint(path, files)
-            self._clear(best)
-            if self._after:
-                self._after(path)
-        except BaseException as error:
-            self._error = error
-
-    def _clear(self, best):
-        ours = {step: path for step, path in find_checkpoints(self._folder).items() if not path.is_symlink()}
-        for step in sorted(ours)[: -self._keep]:
-            if step != best:
-                shutil.rmtree(ours[step])
-
-    def check(self):
-        """Raises what went wrong in the thread, once."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def wait(self):
-        """Waits for the write in progress, if any."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()

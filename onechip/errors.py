@@ -94,6 +94,14 @@ def say(text):
     stream.flush()
 
 
+def say_above_bars(text):
+    """Prints a line as `say` does, above the progress bars that are on screen; from any thread."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        say(text)
+
+
 def print_safely():
     """Makes every print, progress bar and warning of a script as safe as `say`; a kernel's streams are safe already."""
     if in_notebook():

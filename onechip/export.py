@@ -12,13 +12,14 @@ from typing import NamedTuple
 import jax
 
 from onechip.card import model_card
-from onechip.checkpoints import load_arrays, newest_checkpoint, unflatten
+from onechip.checkpoints import newest_checkpoint, unflatten
 from onechip.doors import Model, Optimizer, config_with
 from onechip.errors import UserError, first_line, require
 from onechip.files import atomic_write, read_json, write_text
 from onechip.hub import is_repo_name
 from onechip.hubclient import load_hub, try_again
 from onechip.runfolder import ABOUT, CONFIG, PARAMS, STATE, TOKENIZER, RunFolder
+from onechip.statefile import stored_arrays
 from onechip.weights import weight_shapes
 
 FOREIGN_WEIGHTS = "model.safetensors"  # in an export that another library reads
@@ -38,16 +39,22 @@ class ModelFiles(NamedTuple):
         return self.weights.name != PARAMS
 
     def load_params(self, config, model):
-        """The parameters as a pytree of NumPy arrays, of the model's structure; UserError names what does not fit."""
-        arrays = load_arrays(self.weights)
+        """The parameters, a pytree on the default device; UserError names what does not fit.
+
+        One array at a time passes through the host; another library's format is read as a whole.
+        """
+        arrays = stored_arrays(self.weights)
         if self.foreign:
+            arrays = {name: array.read() for name, array in arrays.items()}
             require(model.read, "model", model.name, f"does not read the format of {self.weights}")
             try:
                 arrays = model.read(config, arrays)
             except (KeyError, ValueError) as error:
                 reason = f"not the arrays of this model ({first_line(error)})"
                 raise UserError(f"{self.weights}: {reason}; get it again") from None
-        return unflatten(weight_shapes(config, model.weights(config)), arrays)
+        params = unflatten(weight_shapes(config, model.weights(config)), arrays)
+        put = lambda array: jax.block_until_ready(jax.device_put(array if self.foreign else array.read()))
+        return jax.tree.map(put, params)
 
     def make_config(self, config_class):
         """The Config that the model was trained with; UserError if its fields are not those of config_class."""

@@ -14,6 +14,11 @@ from pathlib import Path
 from onechip.errors import UserError, first_line
 
 JSON_LIMIT = 1 << 24  # bytes of a JSON file; ours have some kilobytes
+PIECE = 1 << 24  # bytes written, then hashed, at a time
+
+
+class FullDisk(UserError):
+    """A disk, or the user's quota of it, that is full."""
 
 
 def fsync_path(path):
@@ -21,6 +26,10 @@ def fsync_path(path):
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        # Some file systems have no sync of a folder: there is nothing that could be done instead.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP) or not os.path.isdir(path):
+            raise
     finally:
         os.close(fd)
 
@@ -38,13 +47,13 @@ def is_full(error):
 
 @contextlib.contextmanager
 def reporting_full_disk(path):
-    """Turns any error that says that the disk is full into a UserError that names `path`."""
+    """Turns any error that says that the disk is full into a FullDisk that names `path`."""
     try:
         yield
     except Exception as error:
         if not is_full(error):
             raise
-        raise UserError(
+        raise FullDisk(
             f"{path}: the disk is full; free some space and run again, nothing half-written is left"
         ) from None
 
@@ -54,7 +63,7 @@ def atomic_write(path):
     """Yields a path next to `path` to write a file or folder to; renames it to `path` on success, removes it on error.
 
     A reader sees the old file or the new one, never a part, at whatever moment the machine dies. A full disk raises
-    UserError and leaves nothing behind.
+    FullDisk and leaves nothing behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,9 +197,20 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def link_or_copy(source, target):
-    """Makes a hard link, or a copy where the file system has no links; Google Drive's has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def write_hashed(path, chunks):
+    """Writes chunks of bytes to a new file, to disk, and hashes them on the way: {"bytes": int, "sha256": hex}.
+
+    Of each chunk nothing is kept when the next one is asked for.
+    """
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        for chunk in chunks:
+            piece = b""
+            for start in range(0, len(chunk), PIECE):
+                piece = memoryview(chunk)[start : start + PIECE]
+                digest.update(piece)
+                while piece:
+                    piece = piece[file.write(piece) :]
+            del chunk, piece
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}

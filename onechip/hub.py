@@ -2,19 +2,18 @@
 
 import concurrent.futures
 import hashlib
-import math
 import os
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 
 from onechip.checkpoints import MANIFEST, find_damage, newest_checkpoint
 from onechip.errors import UserError, require, say
-from onechip.files import link_or_copy
-from onechip.hubclient import connect, describe_error, load_hub, status_of, try_again, without_bars
+from onechip.hubclient import connect, describe_error, load_hub, try_again, without_bars
 from onechip.runfolder import ABOUT, CONFIG, METRICS, PARAMS, TOKENIZER
-from onechip.runlog import say_above_bars
+from onechip.uploads import Pace, UploadReport
 
 
 def is_repo_name(name):
@@ -75,119 +74,95 @@ def upload_folder(folder: Path, files: list[str], token: str | None, hub_repo: s
 OPENED = (PARAMS, CONFIG, METRICS, TOKENIZER, ABOUT)  # what of a checkpoint opens as a model, and shows how it learned
 
 
-class UploadReport:
-    """What is printed about the uploads to a repository: a failure when it happens, a recovery, and a sum at the end.
-
-    Failures of the same kind in a row, as each checkpoint has while the network is down, are one line.
-    """
-
-    def __init__(self, repo, token):
-        self._repo, self._token = repo, token
-        self._failures, self._last_failure, self._kind, self._last_good = 0, "", None, "none"
-
-    def failed(self, name, error, text):
-        """name: the checkpoint's; error: what its upload ended with; text: the line about it."""
-        cause = error.__cause__ or error
-        kind = type(cause), status_of(cause)
-        if kind != self._kind:
-            say_above_bars(f"upload: {text}")
-        self._failures += 1
-        self._last_failure, self._kind = f"{name} ({describe_error(cause, self._token)})", kind
-
-    def worked(self, name):
-        """name: that of the checkpoint that is on the Hub now."""
-        if self._kind:
-            say_above_bars(f"upload: works again, {name} is on {self._repo}")
-        self._last_good, self._kind = f"{name} at {time.strftime('%Y-%m-%d %H:%M')}", None
-
-    def sum_up(self):
-        """Prints one line if any upload failed."""
-        if self._failures:
-            last = f"the last of them {self._last_failure}; the last one that worked: {self._last_good}"
-            say(f"upload: {self._failures} to {self._repo} failed, {last}")
-
-
 class HubMirror:
     """A Hub repository as a run's second home: checkpoints go up in a thread, one commit each, and come back from it.
 
-    Weights go up every `weights_minutes`, whole checkpoints every `state_minutes`, the last one in any case. Training
-    never waits for an upload and never ends because of one: a failure is reported when it happens and by `finish`.
+    Whole checkpoints go up so often that at most `state_minutes` of work are not there, if uploads are quick enough,
+    weights every `weights_minutes`, the last checkpoint in any case. They are read from their own folder, which has to
+    stay while it is among those of `held()`. Training never waits for an upload and never ends because of one: a
+    failure is reported when it happens and by `finish`.
     """
 
-    def __init__(self, token, repo, weights_minutes=15.0, state_minutes=60.0):
+    def __init__(self, token, repo, weights_minutes=15.0, state_minutes=65.0):
         self._api, self._token, self.repo = connect(token), token, repo
-        self._minutes = (weights_minutes, state_minutes)
-        self._uploaded = [-math.inf, -math.inf]  # when weights and whole checkpoints last went up
+        self._pace = Pace(60 * weights_minutes, 60 * state_minutes)
         self._newest = None  # the checkpoint that was offered last
+        self._uploading = None
         self._whole = None  # the one that went up whole last
         self._exists = False  # whether the repository is known to exist
         self.restored = False  # whether `restore` has looked at the Hub
         self._report = UploadReport(repo, token)
+        self._lock = threading.Lock()
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "hub")
+
+    @property
+    def seconds(self):
+        """What the last upload of a whole checkpoint took; 0 before there was one."""
+        return self._pace.upload
+
+    def held(self):
+        """The paths of the checkpoints that an upload needs, or may still need."""
+        with self._lock:
+            return {self._newest, self._uploading} - {None}
 
     def offer(self, path):
         """Takes a complete checkpoint; uploads it if that is due and it is still the newest when its turn comes."""
-        held = path.with_name(f".{path.name}.upload")  # links: clearing old checkpoints away does not touch them
-        try:
-            shutil.rmtree(held, ignore_errors=True)
-            shutil.copytree(path, held, copy_function=link_or_copy)
-        except OSError as error:
-            reason = describe_error(error, self._token)
-            self._report.failed(path.name, error, f"{path.name}: cannot be kept for its upload ({reason})")
-            return
-        before, self._newest = self._newest, held
-        self._pool.submit(self._upload_if_due, held)
-        if before:
-            self._pool.submit(shutil.rmtree, before, ignore_errors=True)
+        offered = self._pace.note_offer()
+        with self._lock:
+            self._newest = path
+        self._pool.submit(self._upload_if_due, path, offered)
 
-    def _upload_if_due(self, held):
-        now = time.monotonic()
-        weights_due, state_due = (
-            now - at >= 60 * minutes for at, minutes in zip(self._uploaded, self._minutes, strict=True)
-        )
-        if held == self._newest and (weights_due or state_due):
-            with without_bars():  # training shows its own
-                self._upload(held, whole=state_due)
+    def _upload_if_due(self, path, offered):
+        weights_due, state_due = self._pace.due()
+        if path == self._newest and (weights_due or state_due):
+            self._upload(path, offered, whole=state_due)
 
-    def _upload(self, held, whole):
-        name = held.name.removeprefix(".").removesuffix(".upload")
-        self._uploaded[0] = time.monotonic()
-        if whole:
-            self._uploaded[1] = time.monotonic()
+    def _upload(self, path, offered, whole):
+        with self._lock:
+            if path != self._newest or path == self._whole:  # it may be gone, or there
+                return
+            self._uploading = path
         try:
-            what = f"{name}: cannot be uploaded to {self.repo}"
+            what = f"{path.name}: cannot be uploaded to {self.repo}"
             remedy = "training continues and tries it with the next checkpoint"
-            try_again(lambda: self._commit(held, name, whole), what, remedy, self._token)
+            began = time.monotonic()
+            with without_bars():  # training shows its own
+                try_again(lambda: self._commit(path, whole), what, remedy, self._token)
+            self._report.worked(path.name)
+            if late := self._pace.note_upload(offered, began, whole):
+                self._report.warn(late)
+            if whole:
+                self._whole = path
         except Exception as error:  # an upload that fails must not stop training
-            self._report.failed(name, error, describe_error(error, self._token))
-            self._uploaded = [-math.inf, -math.inf]  # the next one is due at once
-            return
-        self._report.worked(name)
-        if whole:
-            self._whole = held
+            self._report.failed(path.name, error, describe_error(error, self._token))
+            self._pace.note_failure()  # the next one is due at once
+        finally:
+            with self._lock:
+                self._uploading = None
 
-    def _commit(self, held, name, whole):
+    def _commit(self, path, whole):
         add, delete = load_hub().CommitOperationAdd, load_hub().CommitOperationDelete
-        weights = [name for name in OPENED if (held / name).exists()]
+        weights = [name for name in OPENED if (path / name).exists()]
         if not self._exists:
             self._api.create_repo(self.repo, private=True, exist_ok=True)
             self._exists = True
-        operations = [add(file, str(held / file)) for file in weights]
+        operations = [add(file, str(path / file)) for file in weights]
         if whole:
-            operations += [add(f"checkpoints/{name}/{file.name}", str(file)) for file in sorted(held.iterdir())]
+            state = [add(f"checkpoints/{path.name}/{file.name}", str(file)) for file in sorted(path.iterdir())]
+            # By themselves: the weights, of the same content, are not sent a second time then.
+            self._api.preupload_lfs_files(self.repo, state)
+            operations += state
             files = self._api.list_repo_files(self.repo)
-            old = {path.split("/")[1] for path in files if path.startswith("checkpoints/")}
+            old = {file.split("/")[1] for file in files if file.startswith("checkpoints/")}
             # Older ones only: a newer one was found damaged, and is not ours to delete.
-            operations += [delete(f"checkpoints/{step}/", is_folder=True) for step in sorted(old) if step < name]
+            operations += [delete(f"checkpoints/{step}/", is_folder=True) for step in sorted(old) if step < path.name]
         what = "whole" if whole else "weights"
-        self._api.create_commit(self.repo, operations, commit_message=f"{name}, {what}")
+        self._api.create_commit(self.repo, operations, commit_message=f"{path.name}, {what}")
 
     def finish(self):
         """Uploads the newest checkpoint whole, unless that is done, waits, sums up failures and ends the thread."""
         if self._newest and self._newest != self._whole:
-            self._pool.submit(self._upload, self._newest, whole=True)
-        if self._newest:
-            self._pool.submit(shutil.rmtree, self._newest, ignore_errors=True)
+            self._pool.submit(self._upload, self._newest, time.monotonic(), whole=True)
         self._pool.shutdown(wait=True)
         self._report.sum_up()
 

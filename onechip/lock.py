@@ -13,6 +13,7 @@ from onechip.errors import UserError
 from onechip.files import age_of, create_whole, is_draft, read_json_or_none, write_text
 
 BEAT = 10.0  # seconds between signs of life
+HELD = set()  # tokens of the locks that this process holds; one that it could not remove from a disk is not among them
 SILENCE = 60.0  # seconds without one after which an owner on another machine is taken for dead
 
 
@@ -47,10 +48,14 @@ class RunLock:
 
     def __enter__(self):
         folder = self._path.parent
+        HELD.add(self._me["token"])
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._claim()
-        except OSError as error:
+        except BaseException as error:
+            HELD.discard(self._me["token"])
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
         self._thread.start()
         return self
@@ -58,15 +63,16 @@ class RunLock:
     def __exit__(self, *exception):
         self._ended.set()
         self._thread.join()
+        HELD.discard(self._me["token"])
         if self._is_mine():
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is away: the lock expires there
+                self._path.unlink(missing_ok=True)
 
     def check(self):
-        """Raises UserError if another process has taken the run over."""
-        if not self._is_mine() and self._read() is not None:
-            raise UserError(
-                f"{self._path.parent}: {self._describe(self._read())} has taken this run over; it ends here"
-            )
+        """Raises UserError if another process has taken the run over; a lock that cannot be read says nothing."""
+        owner = self._read() or self._me
+        if owner.get("token") != self._me["token"]:
+            raise UserError(f"{self._path.parent}: {self._describe(owner)} has taken this run over; it ends here")
 
     def _claim(self):
         while not create_whole(self._path, json.dumps(self._me) + "\n"):
@@ -109,6 +115,8 @@ class RunLock:
     def _lives(self, owner):
         if owner.get("host") == socket.gethostname() and isinstance(owner.get("pid"), int):
             started = process_start(owner["pid"])
+            if owner["pid"] == os.getpid() and started == owner.get("process"):
+                return owner.get("token") in HELD
             return started is not None and started in ("", owner.get("process"))
         return age_of(self._path) < SILENCE
 

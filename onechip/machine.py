@@ -9,9 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from onechip.errors import in_notebook, print_safely, report_in_one_line, say
+from onechip.lock import process_start
+
+IMPORTED = time.monotonic()  # s
 
 # PCI ids of TPU v2 to v7, as JAX's own hardware check lists them.
 TPU_PCI_IDS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
@@ -31,6 +35,15 @@ def has_tpu():
             if Path(vendor).read_text().strip() == "0x1ae0" and device.read_text().strip() in TPU_PCI_IDS:
                 return True
     return False
+
+
+def process_age():
+    """Seconds since this process, a kernel or a script, was started; elsewhere than on Linux since the import."""
+    try:
+        started = float(process_start(os.getpid())) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - started
+    except (OSError, TypeError, ValueError, IndexError):
+        return time.monotonic() - IMPORTED
 
 
 def quiet_jax():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from onechip.errors import first_line, say_above_bars
+
 
 @contextlib.contextmanager
 def without_tensorflow():
@@ -23,6 +25,8 @@ def without_tensorflow():
 class ProfileWindow:
     """Traces `count` steps, from step `first` on, into `folder`; a run too short for that has its last steps traced.
 
+    A disk that does not take the trace costs the trace: a line says so, and training goes on.
+
     Five steps by default: a longer trace loses its device rows (jax#23446) or comes out empty.
     """
 
@@ -38,9 +42,7 @@ class ProfileWindow:
         if step == self._first:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's frames would be most of the file
-            with without_tensorflow():
-                jax.profiler.start_trace(self._folder, profiler_options=options)
-            self._on = True
+            self._on = self._try(jax.profiler.start_trace, self._folder, profiler_options=options)
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step, result):
@@ -52,6 +54,14 @@ class ProfileWindow:
     def close(self):
         """Stops the trace if it is on."""
         if self._on:
-            with without_tensorflow():
-                jax.profiler.stop_trace()
             self._on = False
+            self._try(jax.profiler.stop_trace)
+
+    def _try(self, action, *args, **options):
+        try:
+            with without_tensorflow():
+                action(*args, **options)
+        except (OSError, RuntimeError) as error:  # jaxlib's own are RuntimeErrors
+            say_above_bars(f"profile: none in {self._folder} ({first_line(error)})")
+            return False
+        return True

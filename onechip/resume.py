@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from onechip.checkpoints import clear_leftovers, newest_checkpoint
+from onechip.disk import bring_back_rescued
 from onechip.errors import require, say
 from onechip.files import read_json
 from onechip.machine import git_commit
@@ -62,13 +63,14 @@ def may_change(name, before, now):
 
 
 def bring_back(folder, mirror=None):
-    """Sweeps what a killed process left in a RunFolder, and brings the Hub's newest checkpoint to it.
+    """Sweeps what a killed process left in a RunFolder, and brings newer checkpoints to it: rescued ones, the Hub's.
 
     Once in the life of a mirror: after that a checkpoint may wait there for its upload. Hold the run's lock.
     """
     if mirror is None or not mirror.restored:
         for place in (folder.path, folder.model, folder.checkpoints):
             clear_leftovers(place)
+        bring_back_rescued(folder)
     if mirror:
         mirror.restore(folder.checkpoints)
 

@@ -9,9 +9,11 @@ import time
 import warnings
 from pathlib import Path
 
-from onechip.errors import NonFiniteLoss, in_notebook, say
+from onechip.disk import Disk
+from onechip.errors import NonFiniteLoss, in_notebook, say_above_bars
 from onechip.files import reporting_full_disk, write_text
 from onechip.plots import show_picture
+from onechip.runfolder import METRICS
 
 # Names in metrics.jsonl -> in TensorBoard, which groups charts by the word before the slash and opens two groups.
 CHARTS = {
@@ -71,22 +73,22 @@ class RunLog:
     """Metrics of a run: metrics.jsonl, TensorBoard's charts, the progress bar, and `on_log(row)` for other listeners.
 
     `add` takes a step's metrics while they are still on the device. They are fetched every `every` steps, and one step
-    late: while the host waits for a value, the device already has the next step queued.
+    late: while the host waits for a value, the device already has the next step queued. A disk that fails costs no row:
+    all are in `rows`, and the files are written anew from these when it works again.
     """
 
-    def __init__(self, path, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10, rows=()):
+    def __init__(
+        self, path, steps, first_step, tokens_per_step, peak_rate=None, on_log=None, every=10, rows=(), disk=None
+    ):
         """steps: of the whole run, `first_step` of them complete; rows: those up to the checkpoint that is resumed.
 
         Later rows in the file at `path` are dropped, as their steps run again. peak_rate: tokens/s at the devices' peak
-        FLOP/s, for MFU; None where it is not known.
+        FLOP/s, for MFU; None where it is not known. UserError if the disk is full already.
         """
-        self.rows = list(rows)
-        write_text(path, self.text())
-        self._file = open(path, "a")
-        with reporting_full_disk(path):
-            self._events = EventFile(Path(path).parent, self.rows)
-            self._events.flush()
-        self._pending, self._every, self._on_log = [], every, on_log
+        self.rows, self._path, self._files, self._whole = list(rows), Path(path), [], True
+        self._disk = disk or Disk(self._path.parent)
+        self._write_anew()
+        self._pending, self._every, self.on_log = [], every, on_log
         self._tokens, self._peak = tokens_per_step, peak_rate
         show_picture(None)  # its place is above the bar
         self._bar = progress_bar(total=steps, initial=first_step, unit="step")
@@ -131,17 +133,38 @@ class RunLog:
     def write(self, row):
         """Adds one row of metrics."""
         self.rows.append(row)
-        with reporting_full_disk(self._file.name):
+        if self._whole:
+            self._whole = self._disk.attempt(METRICS, self._append, row)
+        elif not self._disk.waits(METRICS):
+            self.complete()
+        if self.on_log:
+            self.on_log(row)
+
+    def complete(self):
+        """Writes the files anew if a disk that failed has left rows out."""
+        if not self._whole:
+            self._whole = self._disk.attempt(METRICS, self._write_anew)
+
+    def _append(self, row):
+        with reporting_full_disk(self._path):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
             self._events.write(row)
             self._events.flush()
-        if self._on_log:
-            self._on_log(row)
 
-    def text(self):
-        """All rows as metrics.jsonl has them."""
-        return "".join(json.dumps(row) + "\n" for row in self.rows)
+    def _write_anew(self):
+        self._close_files()
+        write_text(self._path, self.text())
+        with reporting_full_disk(self._path):
+            self._file = open(self._path, "a")
+            self._files.append(self._file)
+            self._events = EventFile(self._path.parent, self.rows)
+            self._files.append(self._events)
+            self._events.flush()
+
+    def text(self, count=None):
+        """The first `count` rows, or all, as metrics.jsonl has them."""
+        return "".join(json.dumps(row) + "\n" for row in self.rows[:count])
 
     @contextlib.contextmanager
     def pause(self):
@@ -159,11 +182,15 @@ class RunLog:
         say_above_bars(text)
 
     def close(self):
-        """Ends the bar and closes the files."""
+        """Ends the bar, writes what is missing and closes the files."""
         self._bar.close()
-        for file in (self._file, self._events):
-            with contextlib.suppress(OSError):  # a row that a full disk did not take has been reported already
-                file.close()
+        self.complete()
+        self._close_files()
+
+    def _close_files(self):
+        while self._files:
+            with contextlib.suppress(OSError):  # what a disk did not take has been reported, and is written anew
+                self._files.pop().close()
 
 
 def check_finite(row):
@@ -189,11 +216,3 @@ def progress_bar(**options):
     stream = sys.stdout if in_notebook() else sys.stderr
     leave = not in_notebook() or threading.current_thread() is threading.main_thread()
     return tqdm(file=stream, leave=leave, dynamic_ncols=True, **pace, **options)
-
-
-def say_above_bars(text):
-    """Prints a line as `say` does, above the progress bars that are on screen; from any thread."""
-    from tqdm import tqdm
-
-    with tqdm.external_write_mode():
-        say(text)

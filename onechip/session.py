@@ -10,14 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from onechip.checkpoints import (
-    CheckpointWriter,
-    newest_checkpoint,
-    pack_state,
-    unpack_state,
-    write_checkpoint,
-)
-from onechip.errors import NonFiniteLoss, say
+from onechip.checkpoints import newest_checkpoint, pack_state, unpack_state, write_checkpoint
+from onechip.deadline import Deadline
+from onechip.disk import Disk, rescue_folder
+from onechip.errors import NonFiniteLoss, first_line, say
 from onechip.files import atomic_write, read_json_lines, write_json
 from onechip.loader import PrefetchDataLoader
 from onechip.lock import RunLock
@@ -25,8 +21,11 @@ from onechip.machine import deferred_interrupt
 from onechip.plots import plot_losses, show_picture
 from onechip.profile import ProfileWindow
 from onechip.resume import bring_back, compare_with_checkpoint
-from onechip.runfolder import ABOUT, METRICS, RunFolder
+from onechip.runfolder import ABOUT, METRICS, RunFolder, checkpoint_name
 from onechip.runlog import RunLog
+from onechip.writer import CHECKPOINTS, CheckpointWriter, bytes_of
+
+LONG_PAUSE = 5.0  # seconds that training waits for a checkpoint, from which on it is said
 
 
 class Result(NamedTuple):
@@ -55,20 +54,25 @@ class Session:
     """
 
     def __init__(
-        self, folder, config, origin, *, metric="val_loss", accept=(), lock=None, mirror=None, notes=None, on_log=None
-    ):
+        self, folder, config, origin, *, metric="val_loss", accept=(), lock=None, mirror=None, notes=None, on_log=None,
+        hours=0.0,
+    ):  # fmt: skip
         """origin: what the run is made from, as JSON; metric: the score whose lowest value marks the best checkpoint.
 
         accept: what of the origin may differ from the checkpoint's, and "owner" to take the run from another process;
         lock: the run's RunLock, if the caller holds it already; mirror is a HubMirror; notes, JSON, travel in the
-        checkpoints; on_log(row) gets every row of metrics.jsonl as a dict.
+        checkpoints; on_log(row) gets every row of metrics.jsonl as a dict; hours: of this process, in which the run
+        ends with a checkpoint; 0 for no limit.
         """
         self.config, self.folder, self.origin, self.metric = config, RunFolder(folder), origin, metric
         self.accept, self.mirror, self.on_log, self._lock = accept, mirror, on_log, lock
         self.state, self.position, self.rows = None, None, []
         self.scores, self.samples = {}, []
         self._record = {"best_step": None, "best_score": None, "notes": notes}
-        self._mid_step, self._closing = False, contextlib.ExitStack()
+        self.disk, self._deadline = Disk(self.folder.path), Deadline(hours)
+        self._scored = None, 0  # the last step with a score, and the rows before it
+        self._paused = False  # whether a long pause has been reported
+        self._mid_step, self._ruined, self._closing = False, False, contextlib.ExitStack()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Opening and closing
@@ -95,7 +99,8 @@ class Session:
             return None
         # First: it names the field, not an array's shape.
         compare_with_checkpoint(path, self.config, self.origin, self.accept)
-        state, self.position, record = unpack_state(path, like)
+        put = lambda array, like: jax.block_until_ready(jax.device_put(array, like.sharding))
+        state, self.position, record = unpack_state(path, like, put)
         # Checkpoints written before 2026-11-21 have the second names.
         score = record.get("best_score", record.get("best_val_bpb"))
         notes = self._record["notes"] or record.get("notes", record.get("remember"))
@@ -103,7 +108,7 @@ class Session:
         self.rows = read_json_lines(path / METRICS)
         step = int(state["step"])
         say(f"resuming: {self.folder.path} continues after step {step:,} of {self.config.num_iterations:,}")
-        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, like))
+        return state
 
     def begin(self, state, batches, place, *, peak_rate=None, facts=None, files=None):
         """Opens what training needs: log, profile, writer, loader. Nothing of the run is written before this.
@@ -125,12 +130,12 @@ class Session:
         self._gzip_bpb = about.get("gzip_bits_per_byte")
         if self.mirror:
             self._closing.callback(self.mirror.finish)
-        self._writer = CheckpointWriter(folder.checkpoints, config.keep, self.mirror and self.mirror.offer)
-        self._closing.callback(self._writer.wait)
+        up = {"after": self.mirror.offer, "held": self.mirror.held} if self.mirror else {}
+        self._writer = CheckpointWriter(folder.checkpoints, config.keep, disk=self.disk, **up)
+        self._closing.callback(self._finish_saving)
         tokens = config.total_batch_size * config.seq_len
-        self.log = RunLog(
-            folder.metrics, config.num_iterations, self.step, tokens, peak_rate, self.on_log, rows=self.rows
-        )
+        logged = {"on_log": self.on_log, "rows": self.rows, "disk": self.disk}
+        self.log = RunLog(folder.metrics, config.num_iterations, self.step, tokens, peak_rate, **logged)
         self._closing.callback(self.log.close)
         self._profile = ProfileWindow(folder.profile, config.num_iterations - self.step)
         self._closing.callback(self._profile.close)
@@ -146,11 +151,13 @@ class Session:
         return self.step >= self.config.num_iterations
 
     def continues(self):
-        """Whether there is another step to run: false after the last one, and after an interrupt."""
-        return not (self.is_complete or self._interrupt.requested)
+        """Whether there is another step to run: false after the last one, an interrupt, or when the hours are up."""
+        return not (self.is_complete or self._interrupt.requested or self._deadline.has_come(self.state, self.mirror))
 
     def due(self, what):
         """Whether "save", "eval" or "sample" is due; the last step's are done after the loop."""
+        if what == "save" and self._writer.failed:
+            return not self.disk.waits(CHECKPOINTS)
         if what == "save" and self.config.save_minutes:
             if time.monotonic() - self._saved_at > 60 * self.config.save_minutes:
                 return True
@@ -172,31 +179,50 @@ class Session:
         self.log.add(self.step, metrics)
 
     def save(self):
-        """Hands a checkpoint to the writer's thread, unless this step has one."""
+        """Hands a checkpoint to the writer's thread, unless this step has one; after a failure once a minute."""
         with self.log.pause():
-            if self.step == self._saved_step:
+            if self._writer.failed:
+                if self.continues() and self.disk.waits(CHECKPOINTS):
+                    return
+            elif self.step == self._saved_step:
                 return
-            self._lock.check()
-            if not all_finite(self.state["params"]):  # finite loss and gradient, but the update overflowed
-                raise NonFiniteLoss(f"step {self.step} left parameters that are not finite: lower learning_rate")
-            self._writer.wait()  # before the copy: the host must not hold two
+            self._check_state()
+            began = time.monotonic()
             self._writer.save(self.step, self._pack(), self._record["best_step"])
             self._saved_step, self._saved_at = self.step, time.monotonic()
+            self._report_pause(self._saved_at - began)
+
+    def _check_state(self):
+        """Raises UserError for a run that another process has, NonFiniteLoss for a state that is not worth saving."""
+        self._lock.check()
+        if not all_finite(self.state["params"]):  # finite loss and gradient, but the update overflowed
+            raise NonFiniteLoss(f"step {self.step} left parameters that are not finite: lower learning_rate")
+
+    def _report_pause(self, seconds):
+        if seconds > LONG_PAUSE and not self._paused:
+            self._paused = True
+            size = f"{bytes_of(self.state) / 1e9:.1f} GB"
+            self.log.say(f"checkpoint: training waits {seconds:.0f} s for each, as for step {self.step:,}: {size}")
 
     def _pack(self):
         record = {**self._record, "made_from": self.origin}
-        return {**pack_state(self.state, self.position, record, self.config, self.log.text()), **self._files}
+        # A score of this very step, where its checkpoint failed at first, is made again by who resumes from it.
+        text = self.log.text(self._scored[1] if self._scored[0] == self.step else None)
+        return {**pack_state(self.state, self.position, record, self.config, text), **self._files}
 
     def record(self, scores):
         """Logs the scores of an evaluation, {"val_loss": ..., ...}, and redraws loss.png."""
         self.scores = scores
+        if self._scored[0] != self.step:
+            self._scored = self.step, len(self.log.rows)
         best, score = self._record["best_score"], scores[self.metric]
         if best is None or score < best:
             self._record |= {"best_step": self.step, "best_score": score}
         self.log.show(val=f"{scores['val_bpb']:.3f} bpb" if "val_bpb" in scores else f"{scores['val_loss']:.3f}")
         self.log.write({"step": self.step, **scores, **(self.position or {}).get("log", {})})
-        plot_losses(self.log.rows, self.folder.picture, self._gzip_bpb)
-        show_picture(self.folder.picture)
+        picture = self.folder.picture
+        if self.disk.attempt(picture.name, plot_losses, self.log.rows, picture, self._gzip_bpb):
+            show_picture(picture)
 
     def show(self, samples):
         """Prints samples, (prompt, continuation) each, above the progress bar."""
@@ -214,9 +240,10 @@ class Session:
 
     @contextlib.contextmanager
     def saving(self):
-        """Saves what was reached when training is interrupted; a state with a non-finite loss is written separately.
+        """Saves what was reached when training is interrupted, or when something between two steps raises an error.
 
-        A second interrupt, and one in the middle of a step, is raised: there is nothing consistent to save then.
+        A second interrupt, and one in the middle of a step, is raised: there is nothing consistent to save then. A
+        state with a non-finite loss is written separately.
         """
         try:
             yield
@@ -225,11 +252,19 @@ class Session:
                 raise
             self.save()
         except NonFiniteLoss as error:
+            self._ruined = True
+            kept = None
             self._save_apart()
-            kept = newest_checkpoint(self.folder.checkpoints)
+            with contextlib.suppress(OSError):  # a disk that is away must not hide the loss
+                kept = newest_checkpoint(self.folder.checkpoints)
             raise NonFiniteLoss(f"{error}; {self._where_it_resumes(kept)}") from None
+        except Exception:
+            if not self._mid_step:
+                self._save_in_spite()
+            raise
         if not self.is_complete:
-            self.log.say(f"interrupted after step {self.step:,}; the same command resumes from there")
+            why = "interrupted" if self._interrupt.requested or not self._deadline.passed else self._deadline.describe()
+            self.log.say(f"{why} after step {self.step:,}; the same command resumes from there")
 
     def _where_it_resumes(self, checkpoint):
         return f"the last good checkpoint is {checkpoint.name}" if checkpoint else "there is no checkpoint yet"
@@ -238,5 +273,27 @@ class Session:
         """Writes the state as nonfinite_NNNNNNNN, to be looked into; nothing resumes from it."""
         self._writer.wait()
         path = self.folder.nonfinite(self.step)
+        self.disk.attempt(path.name, lambda: path.exists() or write_checkpoint(path, self._pack()))
+
+    def _save_in_spite(self):
+        """Saves what was reached before an error is raised, which nothing here may replace."""
+        self.log.on_log = None  # it may be what has raised
+        try:
+            self.save()
+        except Exception as error:
+            self._ruined = True
+            self.log.say(f"checkpoint: none of step {self.step:,}: {first_line(error)}")
+
+    def _finish_saving(self):
+        """Waits for the last checkpoint, and writes it to this machine's own disk if the run's does not take it."""
+        self._writer.wait()
+        if not self._writer.failed or self._mid_step or self._ruined or self._interrupt.insisted:
+            return
+        self._check_state()
+        path = rescue_folder(self.folder.path) / checkpoint_name(self.step)
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_checkpoint(path, self._pack())
+        say(f"checkpoint: rescued to {path}; the same command brings it back when {self.folder.path} can be written to")
+        if self.mirror:
+            self.mirror.offer(path)

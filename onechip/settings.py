@@ -203,7 +203,10 @@ class Run:
     preflight: str = setting("", 'only report what a step needs, "here" or on a TPU not attached: "v6e:1x1", "v5e:2x2"')
     hub_repo: str = setting("", "Hub repository to upload to, if there is a token; empty: <you>/onechip-<name>")
     weights_minutes: float = setting(15.0, "minutes between uploads of the weights", at_least=0)
-    state_minutes: float = setting(60.0, "minutes between uploads of checkpoints, three times as large", at_least=0)
+    state_minutes: float = setting(65.0, "minutes of work at most that no whole checkpoint on the Hub has", at_least=0)
+    session_hours: float = setting(
+        0.0, "hours of this process, in which training ends and saves; 0: no limit", at_least=0
+    )
     units_per_hour: float = setting(0.0, "Colab's compute units an hour, as its Resources panel shows", at_least=0)
 
     def __post_init__(self):

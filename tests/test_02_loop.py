@@ -549,7 +549,7 @@ def test_a_step_is_saved_then_evaluated_then_sampled(tmp_path):
     mirror = SimpleNamespace(
         restored=False, restore=lambda folder: None, offer=lambda path: seen.append(int(path.name[5:]))
     )
-    mirror.finish = lambda: None
+    mirror.finish, mirror.held = lambda: None, set
     quick(tmp_path, score, sample, mirror=mirror, num_iterations=20, save_every=6, eval_every=9, sample_every=7)
     assert [step for step in seen if isinstance(step, int)] == [6, 7, 9, 12, 14, 18, 20]
     assert [name for name in seen if isinstance(name, tuple)] and [s[0] for s in seen if isinstance(s, tuple)] == [
@@ -823,17 +823,19 @@ def count_rows(run_dir):
 
 
 @pytest.mark.slow
-def test_killed_three_times_is_the_run_left_alone(corpus):
+@pytest.mark.parametrize("notebook, count", [("02_train", 3), ("05_speedrun", 2)])
+def test_killed_again_and_again_is_the_run_left_alone(corpus, notebook, count):
     """The command that README shows, on few steps: kill -9 at random moments, then the same rows and parameters."""
     flags = "--vocab_size 300 --num_iterations 60 --eval_every 10 --eval_tokens 256 --save_every 3"
-    words = ["tools/kill_test.py", "--kills", "3", "--seed", "0", "--data", str(corpus.train[0].parent)]
+    words = ["tools/kill_test.py", "--notebook", notebook, "--kills", str(count), "--seed", "0"]
+    words += ["--data", str(corpus.train[0].parent)]
     words += [*flags.split(), "--sample_every", "0"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     kills = re.findall(r"^kill (\d): after [\d.]+ s, (.*?),", done.stdout, re.M)
-    assert [number for number, _ in kills] == ["1", "2", "3"]
+    assert [int(number) for number, _ in kills] == list(range(1, count + 1))
     assert any(how.startswith("continues after step") for _, how in kills), done.stdout
-    assert done.stdout.splitlines()[-1].startswith("3 kills: the metrics")
+    assert done.stdout.splitlines()[-1].startswith(f"{count} kills of {notebook}: the metrics")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

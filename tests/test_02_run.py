@@ -62,6 +62,12 @@ def test_a_run_keeps_the_tokenizer_it_began_with(shards, tmp_path, capsys):
         assert (newest(runs / "whole") / name).read_bytes() == (newest(runs / "cut") / name).read_bytes()
 
 
+def test_a_run_ends_with_its_sessions_hours(shards, tmp_path, capsys):
+    """--session_hours reaches the loop: a process that is older trains nothing, and says why."""
+    result, _, _ = train.train_run(run_of(shards, tmp_path, "late", session_hours=0.0001), config_of())
+    assert result.step == 0 and "ended for session_hours=0.0001 after step 0" in capsys.readouterr().out
+
+
 def test_another_tokenizer_is_refused_where_its_own_is_gone(shards, tmp_path):
     """Both hashes and the way out in one line; nothing is lost."""
     train.train_run(run_of(shards, tmp_path, "run"), config_of(8))

@@ -1,10 +1,12 @@
 """Kills a training run again and again, resumes it each time, and compares its end with that of a run left alone.
 
     uv run tools/kill_test.py --kills 20
+    uv run tools/kill_test.py --notebook 05_speedrun     04_maxtext as well
 
-Runs 02_train.py, tiny and offline, once undisturbed, then with `kill -9` at random moments: while it starts, before its
-first step, and twice as often while it trains, writes and evaluates. Exit code 0 if metrics.jsonl (without its times),
-parameters and the optimizer's state at the end are bit for bit the same. Any flag of 02_train.py may follow.
+Runs 02_train.py or another notebook that trains, tiny and offline, once undisturbed, then with `kill -9` at random
+moments: while it starts, before its first step, and twice as often while it trains, writes and evaluates. Exit code 0
+if metrics.jsonl (without its times), parameters and the optimizer's state at the end are bit for bit the same.
+Any flag of the notebook may follow.
 """
 
 import argparse
@@ -23,12 +25,15 @@ sys.path.insert(0, str(ROOT))
 
 from onechip.runfolder import OPT, PARAMS, RunFolder, find_checkpoints
 
-TRAIN = ROOT / "02_train.py"
+SIZES = {
+    "02_train": "--n_head 2 --aspect_ratio 16",
+    "04_maxtext": "--n_head 2 --n_kv_head 1 --n_embd 48 --n_layer 2 --mlp_dim 80 --tile 16",
+    "05_speedrun": "--depth 2",
+}
 TINY = (
-    "--preset laptop --data offline --n_head 2 --head_dim 16 --aspect_ratio 16 --vocab_size 512 --seq_len 64 "
-    "--device_batch_size 2 --total_batch_size 4 --num_iterations 400 --eval_every 40 --eval_tokens 4096 "
-    "--sample_every 200 --save_every 3"
-).split()
+    "--preset laptop --data offline --head_dim 16 --vocab_size 512 --seq_len 64 --device_batch_size 2 "
+    "--total_batch_size 4 --num_iterations 400 --eval_every 40 --eval_tokens 4096 --sample_every 200 --save_every 3"
+)
 
 
 class Process:
@@ -39,7 +44,7 @@ class Process:
         self.began, self.first = time.monotonic(), None
         self.before = self.look()[0]
         cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        command = [sys.executable, str(TRAIN), *TINY, *flags, "--out", str(out), "--name", name]
+        command = [sys.executable, *flags, "--out", str(out), "--name", name]
         environment = os.environ | cache | {"HF_TOKEN": ""}  # nothing goes up
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -123,14 +128,16 @@ def find_differences(out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--notebook", default="02_train", choices=SIZES, help="what trains (default: 02_train)")
     parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     asked, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="onechip-kill-") as folder:
-        kill_and_resume(Path(folder), flags, asked.kills, asked.seed)
+        tiny = [str(ROOT / f"{asked.notebook}.py"), *SIZES[asked.notebook].split(), *TINY.split()]
+        kill_and_resume(Path(folder), [*tiny, *flags], asked.kills, asked.seed)
         differ = "; ".join(find_differences(Path(folder)))
     same = "the metrics (without times), parameters and optimizer state are bit for bit those of the run left alone"
-    print(f"{asked.kills} kills: {f'DIFFERENT: {differ}' if differ else same}")
+    print(f"{asked.kills} kills of {asked.notebook}: {f'DIFFERENT: {differ}' if differ else same}")
     sys.exit(bool(differ))
 
 

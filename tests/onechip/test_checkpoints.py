@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from onechip import checkpoints, files
+from onechip import writer as writer_room
 from onechip.checkpoints import (
-    CheckpointWriter,
     clear_leftovers,
     find_damage,
     flatten,
@@ -38,6 +37,7 @@ from onechip.errors import UserError
 from onechip.files import hash_file
 from onechip.resume import compare_with_checkpoint
 from onechip.settings import setting
+from onechip.writer import CheckpointWriter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,15 +164,13 @@ def test_an_optimizer_may_keep_what_it_likes(tmp_path, opt):
     assert names(path) == [*listed, "stream.safetensors"]
 
 
-def test_arrays_in_another_memory_order_are_not_scrambled(tmp_path, monkeypatch):
-    """safetensors writes memory as it is: an array that a device hands over in Fortran's order came back shuffled."""
+def test_arrays_in_another_memory_order_are_not_scrambled(tmp_path):
+    """A file has memory as it is: an array that a device hands over in Fortran's order came back shuffled."""
     state = strange_state()
-    real = flatten
-    monkeypatch.setattr(checkpoints, "flatten", lambda tree: {k: a.copy(order="F") for k, a in real(tree).items()})
-    packed = pack_state(state, POSITION, {}, Config())
-    for key, expected in (("params", real(state["params"])), ("opt", real(state["opt"]))):
-        save_file(packed[f"{key}.safetensors"], tmp_path / key)
-        assert_same_arrays(load_file(tmp_path / key), expected)
+    turned = {**jax.tree.map(lambda array: np.asarray(array).copy(order="F"), state), "step": state["step"]}
+    write_checkpoint(tmp_path / "step_00000007", pack_state(turned, POSITION, {}, Config()))
+    for key in ("params", "opt"):
+        assert_same_arrays(load_file(tmp_path / "step_00000007" / f"{key}.safetensors"), flatten(state[key]))
 
 
 def test_names_that_collide_are_refused():
@@ -184,7 +182,7 @@ def test_names_that_collide_are_refused():
 def test_what_is_written_are_the_numbers_of_the_save(tmp_path, monkeypatch):
     """The state is donated to the next steps while the thread still writes: on a CPU NumPy would see that."""
     proceed, real = threading.Event(), write_checkpoint
-    monkeypatch.setattr(checkpoints, "write_checkpoint", lambda *args: proceed.wait(60) and real(*args))
+    monkeypatch.setattr(writer_room, "write_checkpoint", lambda *args: proceed.wait(60) and real(*args))
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     start = {"params": {"w": jnp.zeros(4096)}, "opt": {"m": jnp.zeros((64, 64))}, "step": jnp.int32(0)}
     state = step(start)
@@ -320,11 +318,10 @@ class Points:
         for owner, name in (
             (os, "fsync"),
             (os, "replace"),
-            (Path, "write_bytes"),
+            (checkpoints, "write_hashed"),
             (Path, "write_text"),
             (Path, "mkdir"),
             (shutil, "rmtree"),
-            (safetensors.numpy, "save_file"),
             (checkpoints, "fsync_path"),
             (files, "fsync_path"),
         ):
@@ -339,10 +336,13 @@ class Points:
         def call(*args, **kwargs):
             self.passing("before", name, args)
             if name.startswith("write") and self.stop_at == len(self.passed) + 1:
-                real(args[0], args[1][: len(args[1]) // 2])  # a file cut in the middle
+                content = args[1] if isinstance(args[1], str) else b"".join(args[1])
+                (args[0].write_text if name == "write_text" else args[0].write_bytes)(content[: len(content) // 2])
+                done = None  # a file cut in the middle
             else:
-                real(*args, **kwargs)
+                done = real(*args, **kwargs)
             self.passing("after", name, args)
+            return done
 
         return call
 
@@ -388,23 +388,23 @@ def test_everything_is_on_disk_before_what_says_so(tmp_path, monkeypatch):
     done = [(name, path_in(args)) for when, name, args in points.passed if when == "after" and name != "fsync"]
     order = {event: i for i, event in enumerate(done)}
     manifest, renamed = order["write_text", "manifest.json"], order["replace", ".step_00000001.part"]
-    assert all(order["fsync_path", name] < manifest for name in some_files(1))
+    assert all(order["write_hashed", name] < manifest for name in some_files(1))
     assert manifest < order["fsync_path", "manifest.json"] < renamed
     assert order["fsync_path", ".step_00000001.part"] < renamed < order["fsync_path", tmp_path.name]
     synced = sum(name == "fsync" for _, name, _ in points.passed)
-    assert synced == sum(name == "fsync_path" for _, name, _ in points.passed), "fsync_path does not sync"
+    each = sum(name in ("fsync_path", "write_hashed") for _, name, _ in points.passed)
+    assert synced == each, "one of them does not sync"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), safetensors.SafetensorError("os error 28")])
-def test_a_full_disk_is_reported_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, error):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     """The half-written folder is gone, since its space is what the next attempt needs; the old one is whole."""
     write_checkpoint(tmp_path / "step_00000001", some_files(1))
 
-    def save(arrays, path):
-        Path(path).write_bytes(b"half")
-        raise error
+    def fill(path, chunks):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", save)
+    monkeypatch.setattr(checkpoints, "write_hashed", fill)
     with pytest.raises(UserError, match="step_00000002: the disk is full") as raised:
         write_checkpoint(tmp_path / "step_00000002", some_files(2))
     assert is_one_line(raised.value) and names(tmp_path) == ["step_00000001"]
@@ -503,6 +503,21 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_skipped(tmp_path, capsys, k
     assert (tmp_path / "damaged_step_00000003_1").exists()
 
 
+def test_a_large_file_is_read_once_for_each_time_it_was_written(tmp_path, monkeypatch):
+    """A start looks at the newest checkpoint several times; one that was changed in between is hashed again."""
+    monkeypatch.setattr(checkpoints, "LARGE", 20)
+    hashed, real = [], hash_file
+    monkeypatch.setattr(checkpoints, "hash_file", lambda path: hashed.append(path.name) or real(path))
+    path = tmp_path / "step_00000003"
+    write_checkpoint(path, some_files(3))
+    for _ in range(3):
+        assert find_damage(path) is None
+    assert hashed.count("params.safetensors") == 1 and hashed.count("config.json") == 3
+    flip(path / "params.safetensors")
+    os.utime(path / "params.safetensors", ns=(1, 1))
+    assert "another SHA-256" in find_damage(path)
+
+
 def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch, capsys):
     """An I/O error in one checkpoint does not keep a run from the one before."""
     for step in (1, 2):
@@ -577,6 +592,11 @@ def test_a_persons_files_are_neither_deleted_nor_renamed_nor_counted(tmp_path, c
     assert_others_stay(folder, before)
 
 
+def save_and_wait(writer, step):
+    writer.save(step, some_files(step))
+    writer.wait()
+
+
 def test_a_damaged_link_is_skipped_and_stays(tmp_path, capsys):
     """What it points to is a person's; the run resumes from its own."""
     folder = tmp_path / "checkpoints"
@@ -588,7 +608,7 @@ def test_a_damaged_link_is_skipped_and_stays(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "step_00000004 is damaged: params.safetensors" in said and said.count("\n") == 1
     with pytest.raises(UserError, match="step_00000004: .* in the way") as raised:
-        CheckpointWriter(folder).save(4, some_files(4))
+        save_and_wait(CheckpointWriter(folder), 4)
     assert is_one_line(raised.value) and (folder / "step_00000004").is_symlink()
 
 
@@ -632,17 +652,17 @@ def test_a_writers_error_is_raised_once_by_the_next_call(tmp_path, monkeypatch):
     """By save, check or wait, whichever comes first; then the writer works again."""
     real = write_checkpoint
 
-    def fail(path, files):
+    def fail(path, files, take):
         raise RuntimeError(path.name)
 
-    for call in (CheckpointWriter.wait, lambda writer: writer.save(2, some_files(2)), wait_until_raised):
-        monkeypatch.setattr(checkpoints, "write_checkpoint", fail)
+    for call in (CheckpointWriter.wait, lambda writer: save_and_wait(writer, 2), wait_until_raised):
+        monkeypatch.setattr(writer_room, "write_checkpoint", fail)
         writer = CheckpointWriter(tmp_path)
         writer.save(1, some_files(1))
         with pytest.raises(RuntimeError, match="step_00000001"):
             call(writer)
         writer.check()
-        monkeypatch.setattr(checkpoints, "write_checkpoint", real)
+        monkeypatch.setattr(writer_room, "write_checkpoint", real)
         writer.save(3, some_files(3))
         writer.wait()
         assert value_of(newest_checkpoint(tmp_path)) == 3

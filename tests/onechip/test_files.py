@@ -7,16 +7,17 @@ import os
 
 import pytest
 
+from onechip import files
 from onechip.errors import UserError
 from onechip.files import (
     age_of,
     atomic_write,
     create_whole,
     hash_file,
-    link_or_copy,
     read_json,
     read_json_lines,
     read_json_or_none,
+    write_hashed,
     write_json,
     write_text,
 )
@@ -251,7 +252,7 @@ def test_a_line_that_is_being_written_is_not_there_yet(tmp_path, text, rows):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Hashes and links
+# Hashes
 
 
 def test_a_file_is_hashed_as_its_bytes_are(tmp_path):
@@ -261,15 +262,11 @@ def test_a_file_is_hashed_as_its_bytes_are(tmp_path):
         assert hash_file(tmp_path / "file") == hashlib.sha256(raw).hexdigest()
 
 
-def test_a_link_where_there_are_links_and_a_copy_elsewhere(tmp_path, monkeypatch):
-    """Google Drive's file system has no hard links."""
-    (tmp_path / "a").write_text("text")
-    link_or_copy(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "a").samefile(tmp_path / "b")
-
-    def refuse(*args, **kwargs):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr(os, "link", refuse)
-    link_or_copy(tmp_path / "a", tmp_path / "c")
-    assert (tmp_path / "c").read_text() == "text" and not (tmp_path / "a").samefile(tmp_path / "c")
+def test_what_is_written_is_hashed_on_the_way(tmp_path, monkeypatch):
+    """Chunks of any size, empty ones too, are the file; size and SHA-256 are those of the file read again."""
+    monkeypatch.setattr(files, "PIECE", 1000)
+    chunks = [b"", b"head", memoryview(b"x" * 2500), memoryview(bytes(range(250)) * 8), b""]
+    entry = write_hashed(tmp_path / "file", iter(chunks))
+    assert (tmp_path / "file").read_bytes() == b"".join(chunks)
+    assert entry == {"bytes": 4504, "sha256": hash_file(tmp_path / "file")}
+    assert write_hashed(tmp_path / "none", [])["bytes"] == 0

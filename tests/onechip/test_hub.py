@@ -1,9 +1,11 @@
 """onechip/hub.py and hubclient.py: uploads that fail stop nothing, one retry policy, no secret in any line."""
 
 import dataclasses
-import errno
 import logging
 import os
+import random
+import shutil
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -17,11 +19,13 @@ import safetensors.numpy
 from hub import Fault, connected_hub
 
 from onechip import hub as room
+from onechip import uploads
 from onechip.checkpoints import newest_checkpoint, write_checkpoint
 from onechip.errors import UserError
 from onechip.hub import HubMirror, is_repo_name, open_mirror, repo_name, upload_folder
 from onechip.hubclient import LONGEST_PAUSE, check_token, describe_error, redact, try_again
 from onechip.settings import Run
+from onechip.writer import CheckpointWriter
 
 REPO = "someone/onechip-x"
 TOKEN = "hf_loopback"
@@ -74,6 +78,15 @@ def offer(mirror, folder, step):
     return path
 
 
+def clock_of(monkeypatch):
+    """[seconds]: the clock that uploads go by."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime)
+    monkeypatch.setattr(room, "time", clock)
+    monkeypatch.setattr(uploads, "time", clock)
+    return now
+
+
 def commits(hub):
     """Each commit's files, without the one that the repository begins with."""
     return list(hub.repos["model", REPO].commits.values())[1:]
@@ -85,9 +98,7 @@ def commits(hub):
 
 def test_weights_go_up_often_and_the_whole_state_now_and_then(hub, tmp_path, monkeypatch):
     """One commit each; the state by its own clock, the last in any case, and older states leave in the same commit."""
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime)
-    monkeypatch.setattr(room, "time", clock)
+    now = clock_of(monkeypatch)
     mirror = mirror_of(hub, weights_minutes=10, state_minutes=30)
     went_up = []
     for step in range(1, 10):
@@ -105,7 +116,6 @@ def test_weights_go_up_often_and_the_whole_state_now_and_then(hub, tmp_path, mon
     assert len(commits(hub)) == 6 and hub.repos["model", REPO].private
     last = {path.removeprefix("checkpoints/step_00000009/"): raw for path, raw in hub.files(REPO).items()}
     assert content(tmp_path / "step_00000009").items() <= last.items()
-    assert not list(tmp_path.glob(".*")), "what was held for the upload is gone"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +150,7 @@ def test_a_failed_upload_is_reported_at_once_and_again_at_the_end(hub, tmp_path,
     offer(mirror, tmp_path, 1)
     assert capsys.readouterr().out == ""
     hub.faults = [Fault("POST", "/commit/", status=403, times=10**6)]
-    mirror._uploaded = [-1e9, -1e9]  # both are due
+    mirror._pace.note_failure()  # both are due
     offer(mirror, tmp_path, 2)
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith(f"upload: step_00000002: cannot be uploaded to {REPO} (") and "403" in line
@@ -170,32 +180,88 @@ def test_a_hub_that_comes_back_gets_what_it_missed(hub, tmp_path, capsys):
     assert "upload: 1 to" in last and "worked: step_00000002 at" in last
 
 
-def test_a_checkpoint_that_cannot_be_kept_for_its_upload_is_a_line(hub, tmp_path, capsys, monkeypatch):
-    """A disk that takes neither links nor copies costs the upload and nothing else."""
+def test_a_checkpoint_stays_while_it_is_uploaded_and_is_not_copied(hub, tmp_path, monkeypatch):
+    """It goes up from its own folder, on a disk without links as well: clearing old ones leaves it until it is up."""
+    refuse = lambda *args, **kwargs: pytest.fail("a link or a copy")
+    for owner, name in ((os, "link"), (shutil, "copytree"), (shutil, "copyfile")):
+        monkeypatch.setattr(owner, name, refuse)
+    began, proceed, real = threading.Event(), threading.Event(), HubMirror._commit
+    monkeypatch.setattr(HubMirror, "_commit", lambda *a: (began.set(), proceed.wait(30), real(*a)))
+    mirror = mirror_of(hub)
+    writer = CheckpointWriter(tmp_path, keep=1, after=mirror.offer, held=mirror.held)
+    steps = lambda: [path.name[-1] for path in sorted(tmp_path.iterdir())]
+    for step in range(1, 5):
+        writer.save(step, some_files(step))
+        writer.wait()
+        assert began.wait(30)
+    assert steps() == ["1", "3", "4"], "the one that goes up, and the one that was offered when 4 came"
+    proceed.set()
+    settle(mirror)
+    writer.save(5, some_files(5))
+    writer.wait()
+    assert steps() == ["4", "5"]
+    mirror.finish()
+    [first, last] = ({path for path in files if path.startswith("checkpoints/")} for files in commits(hub))
+    assert {path.split("/")[1] for path in first} == {"step_00000001"} and len(first) == 6
+    assert {path.split("/")[1] for path in last} == {"step_00000005"} and mirror.held() == {tmp_path / "step_00000005"}
 
-    def refuse(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(room, "link_or_copy", refuse)
+def test_weights_are_sent_once(hub, tmp_path):
+    """They lie twice in the repository, for whoever opens it and in the checkpoint: the bytes go up a single time."""
     mirror = mirror_of(hub)
     offer(mirror, tmp_path, 1)
-    line = capsys.readouterr().out.strip()
-    assert line.startswith("upload: step_00000001: cannot be kept for its upload (") and is_one_line(line)
     mirror.finish()
-    assert "1 to" in capsys.readouterr().out and not hub.requests
+    up = hub.files(REPO)
+    assert up["params.safetensors"] == up["checkpoints/step_00000001/params.safetensors"]
+    assert hub.count("PUT", "/lfs/") == 2, "parameters and the optimizer's state"
 
 
-def test_a_disk_without_links_still_uploads(hub, tmp_path, monkeypatch):
-    """Google Drive's file system has no hard links: an error there would have stopped training."""
+# ----------------------------------------------------------------------------------------------------------------------
+# How much work is at stake
 
-    def refuse(*args, **kwargs):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(os, "link", refuse)
-    mirror = mirror_of(hub)
-    offer(mirror, tmp_path, 1)
-    mirror.finish()
-    assert "checkpoints/step_00000001/manifest.json" in hub.files(REPO)
+def most_at_stake(monkeypatch, save, upload, jitter=0.0):
+    """(minutes of work at most that the Hub lacks in a day, what is said); save, upload: minutes of each."""
+    now = clock_of(monkeypatch)
+    pace, draw, said = uploads.Pace(60 * Run().weights_minutes, 60 * Run().state_minutes), random.Random(0), []
+    worst, there, free, newest, next_save = 0.0, 0.0, 0.0, None, 60 * save
+    while now[0] < 86400:
+        now[0] = min(next_save, max(free, now[0])) if newest else next_save
+        if now[0] == next_save:
+            newest = (now[0], pace.note_offer())
+            next_save += 60 * (save + draw.uniform(-jitter, jitter))
+        if now[0] < free:
+            continue
+        (made, offered), newest = newest, None  # the pool is idle: the newest one's turn
+        weights, state = pace.due()
+        if weights or state:
+            began, free = now[0], now[0] + 60 * upload * (1 if state else 0.4)
+            if state:
+                worst, there = max(worst, free - there), made
+            now[0] = free  # what comes meanwhile is offered late by this: at its own time below
+            said.append(pace.note_upload(offered, began, state))
+            now[0] = began
+    return worst / 60, [line for line in said if line]
+
+
+@pytest.mark.parametrize("upload", [0.5, 4, 8])
+@pytest.mark.parametrize("save", [10, 12, 15, 18, 20, 22, 25, 28, 30, 31, 33, 35])
+def test_no_more_than_75_minutes_are_ever_at_stake(monkeypatch, save, upload):
+    """A day of checkpoints, steady ones and such as come when they come, by the settings' own defaults."""
+    for jitter in (0.0, 2.0):
+        worst, said = most_at_stake(monkeypatch, save, upload, jitter)
+        assert worst <= uploads.PROMISE and said == []
+
+
+def test_what_is_at_stake_beyond_75_minutes_is_said_once(monkeypatch, capsys):
+    """Uploads of 50 minutes cannot hold it: the line has the minutes, and is printed once."""
+    worst, said = most_at_stake(monkeypatch, 30, 50)
+    assert worst > uploads.PROMISE and max(said) == pytest.approx(worst)
+    report = uploads.UploadReport(REPO, TOKEN)
+    for minutes in said[:2]:
+        report.warn(minutes)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"upload: {said[0]:.0f} minutes of work were not on {REPO}") and is_one_line(line)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,6 +273,7 @@ def put_up(hub, *steps):
     files = {}
     for step in steps:
         path = Path(os.environ["ONECHIP_HOME"]) / f"elsewhere_{time.monotonic_ns()}" / f"step_{step:08d}"
+        path.parent.mkdir(parents=True)
         write_checkpoint(path, some_files(step))
         files |= {f"checkpoints/{path.name}/{name}": raw for name, raw in content(path).items()}
     hub.add_repo(REPO, files)

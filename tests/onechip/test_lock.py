@@ -1,5 +1,6 @@
 """onechip/lock.py: one owner of a run at a time, with real processes, kills and a clock that is somebody else's."""
 
+import errno
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -204,3 +206,29 @@ def test_a_folder_that_cannot_be_written_to_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to .*; choose another --out"):
         RunLock(tmp_path / "file" / "run" / "owner").__enter__()
+
+
+def test_a_lock_that_could_not_be_removed_is_no_owner(tmp_path, monkeypatch):
+    """A disk that was away when a kernel's run ended: Run all again in the same kernel finds its own old lock."""
+    path = tmp_path / ".owner.json"
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    with RunLock(path):
+        with pytest.raises(UserError, match="has this run"), RunLock(path):
+            pass
+        with monkeypatch.context() as patch, RunLock(tmp_path / "other" / ".owner.json"):
+            patch.setattr(Path, "unlink", refuse)
+    assert (tmp_path / "other" / ".owner.json").exists() and not path.exists()
+    with RunLock(tmp_path / "other" / ".owner.json") as again:
+        again.check()
+
+
+def test_a_check_that_cannot_read_the_lock_ends_nothing(tmp_path, monkeypatch):
+    """A disk that is away for one of two looks: the run goes on, and it is not taken for another's."""
+    with RunLock(tmp_path / ".owner.json") as held:
+        looks = iter([None, {"token": "", "pid": 1}])
+        monkeypatch.setattr(held, "_read", lambda: next(looks))
+        held.check()
+        monkeypatch.undo()

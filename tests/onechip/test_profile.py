@@ -74,3 +74,22 @@ def test_a_run_that_ends_within_its_profile_stops_it(tmp_path):
         window.after(0, None)
         window.close()
         assert len(trace_files(tmp_path / name)) == 1
+
+
+@pytest.mark.parametrize("name", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys, name):
+    """A full disk costs the profile: one line, and the steps go on."""
+
+    def refuse(*args, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device")
+
+    for function in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, function, refuse if function == name else lambda *args, **options: None)
+    window = ProfileWindow(tmp_path / "profile", 6)
+    for step in range(6):
+        with window.before(step):
+            pass
+        window.after(step, None)
+    window.close()
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"profile: none in {tmp_path / 'profile'} (RESOURCE_EXHAUSTED")

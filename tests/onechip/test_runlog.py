@@ -1,5 +1,6 @@
 """onechip/runlog.py: rows, charts and the bar show the same run, and the device never waits for them."""
 
+import errno
 import io
 import json
 import math
@@ -8,14 +9,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from onechip import runlog
-from onechip.errors import NonFiniteLoss, UserError
-from onechip.runlog import CHARTS, RunLog, progress_bar, say_above_bars
+from onechip import disk, runlog
+from onechip.errors import NonFiniteLoss, UserError, say_above_bars
+from onechip.runlog import CHARTS, RunLog, progress_bar
 
 
 def make_rows(first, last, every=4):
@@ -129,15 +131,44 @@ def test_text_is_the_file(open_log, tmp_path):
     )
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's always-full device")
-def test_a_full_disk_while_logging_is_refused_in_one_line(tmp_path, monkeypatch):
-    """metrics.jsonl that cannot grow any more is reported like a checkpoint that cannot be written."""
-    monkeypatch.setattr(runlog, "open", lambda path, *args, **kwargs: open("/dev/full", "w"), raising=False)
-    monkeypatch.setattr(runlog, "EventFile", lambda folder, rows: io.BytesIO())
-    log = RunLog(tmp_path / "metrics.jsonl", 9, 0, 8)
-    with pytest.raises(UserError, match="disk is full"):
-        log.write({"step": 1})
+def test_a_disk_that_fails_costs_no_row(open_log, tmp_path, monkeypatch, capsys):
+    """A full disk, then one that is away: a line each; when it is back, file and charts have every row, once."""
+    now = [0.0]
+    monkeypatch.setattr(disk, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    log, away = open_log(), tmp_path.with_name("away")
+    rows = make_rows(1, 40)
+    for i, row in enumerate(rows):
+        if i == 10:
+            log._file.close()
+            log._files[0] = log._file = open("/dev/full", "w")
+        if i == 30:
+            tmp_path.rename(away)
+            log._file.close()
+        if i == 45:
+            away.rename(tmp_path)
+        now[0] += 7  # seconds: a retry after nine rows
+        log.write(row)
+        assert log.rows == rows[: i + 1]
+        if i in (20, 29):
+            assert read_rows(tmp_path) == log.rows
     log.close()
+    assert read_rows(tmp_path) == rows and read_charts(tmp_path) == charts_of(rows)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0].removeprefix("disk: ") for line in said] == [
+        f"metrics.jsonl cannot be written to {tmp_path}", f"{tmp_path} works again",
+    ] * 2  # fmt: skip
+    assert "full" in said[0] and not away.exists()
+
+
+def test_a_full_disk_is_refused_before_training_starts(tmp_path, monkeypatch):
+    """One line, when the log is opened: nothing has been trained that could be lost."""
+
+    def refuse(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", lambda *args, **kwargs: refuse(*args))
+    with pytest.raises(UserError, match="disk is full"):
+        RunLog(tmp_path / "metrics.jsonl", 9, 0, 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
