@@ -191,7 +191,7 @@ class Arrivals:
         while True:
             with self._change:
                 while not self._closed and (s := self._choose()) is None:
-                    self._change.wait(1.0)
+                    self._change.wait(0.25)  # a pause may be over, or another process have removed one
                 if self._closed:
                     return
                 self._busy.add(s)
