@@ -357,9 +357,9 @@ def open_tokens(path):
     try:
         size = os.fstat(file.fileno()).st_size
         header = np.fromfile(file, "<i4", HEADER).tolist() + [0, 0, 0]
-        layout = f"not shards of {TOKENS_MAGIC}, version {TOKENS_VERSION}, as modded-nanogpt writes them"
         if tuple(header[:2]) != (TOKENS_MAGIC, TOKENS_VERSION):
-            raise DamagedShard(path, f"its header begins with {header[0]}, {header[1]}: {layout}")
+            known = f"a shard of tokens begins with {TOKENS_MAGIC}, {TOKENS_VERSION}"
+            raise DamagedShard(path, f"its header begins with {header[0]}, {header[1]}; {known}")
         here = (size - 4 * HEADER) / 2
         if here != header[2]:
             how = "cut short" if here < header[2] else "too long"

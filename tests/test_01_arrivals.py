@@ -25,6 +25,8 @@ from onechip.files import hash_file
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
 
+pytestmark = pytest.mark.usefixtures("in_time")
+
 REVISION, COUNT, BATCH = "c" * 40, 7, 57
 TEXT = tok.Dataset("text", "Text", "someone/text", COUNT, REVISION)
 TOKENS = tok.Dataset(

@@ -199,7 +199,7 @@ def make_bad(path, kind):
         return "is cut short"
     if kind == "other layout":
         path.write_bytes(b"PK\x03\x04" * 900)
-        return "its header begins with 67324752, 67324752: not shards of 20240520, version 1"
+        return "its header begins with 67324752, 67324752; a shard of tokens begins with 20240520, 1"
     if kind == "other version":
         write_raw(path, range(41), header=(20240520, 2))
         return "its header begins with 20240520, 2"

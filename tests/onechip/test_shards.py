@@ -19,6 +19,8 @@ from onechip.loader import PrefetchDataLoader
 from onechip.machine import deferred_interrupt
 from onechip.shards import HubShards, following
 
+pytestmark = pytest.mark.usefixtures("in_time")
+
 REPO, REVISION, COUNT = "someone/data", "a" * 40, 9
 FILES = {f"s{i}.bin": f"shard {i}, ".encode() * (40 + 7 * i) for i in range(COUNT)}
 
