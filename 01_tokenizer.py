@@ -171,7 +171,7 @@ import pyarrow.parquet as pq
 import tiktoken
 from tokenizers import Regex, decoders
 
-from onechip.download import download_file, is_commit, list_files, newest_revision
+from onechip.download import download_file, is_commit, look_up_files, newest_revision
 from onechip.errors import UserError, first_line, require, say
 from onechip.files import atomic_write, hash_file, read_json_or_none, write_json, write_text
 from onechip.hub import upload_folder
@@ -881,7 +881,7 @@ def tokenizer_of_tokens(folder):
     if not path.exists():
         say(f"download: {path.name} of {repo} at {revision[:12]} to {path.parent}")
         with without_bars():
-            listed = list_files(repo, [path.name], revision, repo_type="model")[path.name]
+            listed = look_up_files(repo, [path.name], revision, repo_type="model")[path.name]
             download_file(path, listed, repo, revision, load_tokenizer, repo_type="model")
     tokenizer = load_tokenizer(path)
     say(f"tokenizer: {tokenizer.get_vocab_size():,} tokens, those that the shards are in ({path})")

@@ -31,7 +31,7 @@ def newest_revision(name, repo):
     return known
 
 
-def list_files(repo, names, revision, repo_type="dataset"):
+def look_up_files(repo, names, revision, repo_type="dataset"):
     """What the Hub says of each file, in one request: {name: RepoFile with its size in bytes and its hash}."""
     api = load_hub().HfApi(token=False)  # public data: no login, so no expired one can be in the way
     listed = try_again(

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from onechip.download import clear_abandoned, download_file, list_files
+from onechip.download import clear_abandoned, download_file, look_up_files
 from onechip.errors import UserError, say
 from onechip.files import is_full
 from onechip.hubclient import chain, describe_error, status_of, without_bars
@@ -60,7 +60,7 @@ class HubShards(collections.abc.Sequence):
         with self._listing:
             if path.name not in self._listed:
                 names = dict.fromkeys([path.name, *(shard.name for shard in self.paths)])
-                self._listed |= list_files(self.repo, list(names), self.revision)
+                self._listed |= look_up_files(self.repo, list(names), self.revision)
             return self._listed[path.name]
 
     def download(self, path, **options):
