@@ -26,7 +26,7 @@
 #
 # | | Colab, TPU v6e | laptop, no network |
 # |---|---|---|
-# | data | FineWeb-Edu, 9 shards of 90 MB | the Python standard library, 11 MB |
+# | data | FineWeb-Edu, 2 shards of 90 MB | the Python standard library, 11 MB |
 # | vocabulary | 32,768 | 8,192 |
 # | time | some minutes, most of it download | under a minute |
 # | memory | 4 GB | 0.5 GB |
@@ -146,7 +146,6 @@ if LOOK:
 # %%
 import ast
 import bisect
-import concurrent.futures
 import dataclasses
 import functools
 import gzip
@@ -161,6 +160,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -171,14 +171,15 @@ import pyarrow.parquet as pq
 import tiktoken
 from tokenizers import Regex, decoders
 
+from onechip.download import download_file, is_commit, look_up_files, newest_revision
 from onechip.errors import UserError, first_line, require, say
 from onechip.files import atomic_write, hash_file, read_json_or_none, write_json, write_text
 from onechip.hub import upload_folder
-from onechip.hubclient import load_hub, try_again, without_bars
+from onechip.hubclient import without_bars
 from onechip.machine import has_tpu, home, read_secret
 from onechip.plots import show_picture
-from onechip.runlog import progress_bar
 from onechip.settings import check_fields, parse_settings, setting
+from onechip.shards import DamagedShard, HubShards, following, local_paths
 from onechip.tables import table
 
 # %% [markdown]
@@ -198,7 +199,7 @@ class Settings:
     """What 01 does when it runs."""
 
     data: str = setting("", "offline, fineweb, climbmix, or a folder of parquet shards; empty: by the machine")
-    num_shards: int = setting(8, "training shards to download, 90 MB each", at_least=1)
+    num_shards: int = setting(8, "training shards, 90 MB each: those that are read are downloaded", at_least=1)
     vocab_size: int = setting(
         0, "tokens in the vocabulary, special ones included; 0: by the data", at_least=0, at_most=LARGEST_VOCAB
     )
@@ -226,6 +227,7 @@ def choose_settings(overrides=""):
     data = settings.data or choose_data(has_tpu())
     if data in DATASETS:
         check_shards(DATASETS[data], settings.num_shards)
+    require(not is_tokenized(data), "data", data, "holds tokens already; a tokenizer is trained on text")
     vocab_size = settings.vocab_size or choose_vocab_size(data)
     data_why = "as set" if settings.data else f"{'a' if has_tpu() else 'no'} TPU is here"
     vocab_why = "as set" if settings.vocab_size else "suits this data"
@@ -241,17 +243,18 @@ if LOOK:
 #
 # A corpus is a list of parquet shards with one string column, `text`. The last shard is held out: neither the
 # tokenizer nor the model is ever trained on it. The layout is that of nanochat's datasets, with about 53,000 documents
-# in a shard and about 1,000 in a row group.
+# in a shard and about 1,000 in a row group. A large corpus is not here as a whole: `train[s]` is where shard s is, and
+# is downloaded when somebody asks for it.
 
 
 # %%
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Parquet shards with a string column `text`; `name` and `revision` together identify the text exactly."""
+    """Shards of text (.parquet) or of tokens (.bin); `name` and `revision` together identify the text exactly."""
 
     name: str
     revision: str
-    train: tuple[Path, ...]
+    train: Sequence[Path]
     val: tuple[Path, ...]  # never trained on
 
 
@@ -273,11 +276,10 @@ def open_shard(path):
     try:
         shard = pq.ParquetFile(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such shard") from None
+        raise DamagedShard(path, "there is no such shard") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: not a complete parquet file ({first_line(error)}); delete it and get it again"
-        ) from None
+        what = f"not a complete parquet file ({first_line(error)}); delete it and get it again"
+        raise DamagedShard(path, what) from None
     columns = shard.schema_arrow
     count = columns.names.count("text")
     if count == 0:
@@ -295,7 +297,7 @@ def read_texts(shard, group, path):
     try:
         return shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: row group {group} is damaged ({first_line(error)}); get the shard again") from None
+        raise DamagedShard(path, f"row group {group} is damaged ({first_line(error)}); get the shard again") from None
 
 
 def read_documents(paths, start=(0, 0, 0)):
@@ -303,12 +305,12 @@ def read_documents(paths, start=(0, 0, 0)):
 
     A position is (shard, row group, document in it), all int, and names the document after this one.
     """
-    paths = tuple(paths)
     first_shard, first_group, first_document = start
     for s in range(first_shard, len(paths)):
-        with open_shard(paths[s]) as shard:
+        path = paths[s]
+        with open_shard(path) as shard:
             for g in range(first_group, shard.num_row_groups):
-                texts = read_texts(shard, g, paths[s])
+                texts = read_texts(shard, g, path)
                 after = (s, g + 1, 0) if g + 1 < shard.num_row_groups else (s + 1, 0, 0)
                 for d in range(first_document, len(texts)):
                     if texts[d]:
@@ -327,6 +329,130 @@ if LOOK:
     with tempfile.TemporaryDirectory() as scratch:
         write_shard(Path(scratch) / "shard.parquet", ["one", "two", "three"], row_group_size=2)
         print("documents and positions:", *read_documents([Path(scratch) / "shard.parquet"]))
+
+# %% [markdown]
+# ### Shards of tokens
+#
+# Text can also come as tokens that somebody else has made: then encoding costs nothing, and figures can be compared
+# with theirs. The layout is modded-nanogpt's, a header of 256 int32 and then uint16 ids, 100 million of them in 200 MB.
+# Each document is opened by GPT-2's `<|endoftext|>`; a document may go on in the next shard.
+#
+# A position here is (shard, 0, token in it). Files are read a million tokens at a time and not mapped into memory: one
+# that is cut short while it is mapped would end the process without a word.
+
+
+# %%
+TOKENS_MAGIC, TOKENS_VERSION, HEADER = 20240520, 1, 256
+TOKENS_AT_ONCE = 1 << 20  # that are read together, and the longest document: a longer one comes in parts of so many
+
+
+def open_tokens(path):
+    """(open file at its first token, number of tokens) of a .bin shard; UserError if it is missing, cut or no such."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        raise DamagedShard(path, "there is no such shard") from None
+    except OSError as error:
+        raise DamagedShard(path, f"cannot be read ({error.strerror})") from None
+    try:
+        size = os.fstat(file.fileno()).st_size
+        header = np.fromfile(file, "<i4", HEADER).tolist() + [0, 0, 0]
+        if tuple(header[:2]) != (TOKENS_MAGIC, TOKENS_VERSION):
+            known = f"a shard of tokens begins with {TOKENS_MAGIC}, {TOKENS_VERSION}"
+            raise DamagedShard(path, f"its header begins with {header[0]}, {header[1]}; {known}")
+        here = (size - 4 * HEADER) / 2
+        if here != header[2]:
+            how = "cut short" if here < header[2] else "too long"
+            raise DamagedShard(path, f"is {how}: {here:,.0f} tokens, its header says {header[2]:,}; get it again")
+    except BaseException:
+        file.close()
+        raise
+    return file, header[2]
+
+
+def read_tokens(path, start=0):
+    """Yields (offset, tokens), uint16, of a .bin shard from the token `start` on."""
+    file, count = open_tokens(path)
+    with file:
+        file.seek(4 * HEADER + 2 * start)
+        for at in range(start, count, TOKENS_AT_ONCE):
+            wanted = min(TOKENS_AT_ONCE, count - at)
+            try:
+                tokens = np.fromfile(file, "<u2", wanted)
+            except OSError as error:
+                raise DamagedShard(path, f"cannot be read at token {at:,} ({first_line(error)})") from None
+            if len(tokens) < wanted:
+                raise DamagedShard(path, f"was cut short at token {at + len(tokens):,} while it was read")
+            yield at, tokens
+
+
+def check_tokens(tokenizer, tokens, path, at):
+    """UserError if one of the tokens, which are those of a shard from `at` on, is not the tokenizer's."""
+    size = tokenizer.get_vocab_size()
+    if tokens.max(initial=0) >= size:
+        i = int(np.argmax(tokens >= size))
+        raise DamagedShard(path, f"token {at + i:,} is {tokens[i]}, and the tokenizer has only {size:,}")
+
+
+def read_token_documents(tokenizer, paths, start=(0, 0, 0)):
+    """Yields (position, tokens) for each document of all .bin shards from `start` on, once; uint16, its opening first.
+
+    A position is (shard, 0, token in it) and names what comes next. Where the first shard begins within a document,
+    and after TOKENS_AT_ONCE tokens of one, tokens come without an opening.
+    """
+    bos, parts, count = opening_id(tokenizer), [], 0  # of the document that is not complete
+    first_shard, _, offset = start
+    for s in range(first_shard, len(paths)):
+        path, opened = paths[s], 0
+        for at, tokens in read_tokens(path, offset):
+            check_tokens(tokenizer, tokens, path, at)
+            begin, cuts = 0, np.flatnonzero(tokens == bos).tolist()
+            opened += len(cuts)
+            for end in [*cuts, len(tokens)]:
+                while count + end - begin >= TOKENS_AT_ONCE:
+                    cut = begin + TOKENS_AT_ONCE - count
+                    yield (s, 0, at + cut), np.concatenate([*parts, tokens[begin:cut]])
+                    begin, parts, count = cut, [], 0
+                parts.append(tokens[begin:end])
+                count += end - begin
+                if end < len(tokens) and count:
+                    yield (s, 0, at + end), np.concatenate(parts)
+                    parts, count = [], 0
+                begin = end
+        if not offset and not opened:
+            raise UserError(f"{path}: no document in it begins with {opening_token(tokenizer)}, id {bos}")
+        offset = 0
+    if count:
+        yield (len(paths), 0, 0), np.concatenate(parts)
+
+
+def write_tokens(path, tokens):
+    """Writes token ids below 65,536 as one .bin shard, completely or not at all."""
+    with atomic_write(path) as part:
+        header = np.zeros(HEADER, "<i4")
+        header[:3] = TOKENS_MAGIC, TOKENS_VERSION, len(tokens)
+        part.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+def holds_tokens(paths):
+    """Whether shards are of tokens and not of text."""
+    return Path(local_paths(paths)[0]).suffix == ".bin"
+
+
+def count_contents(path):
+    """The number of documents in a shard of text, or of tokens in one of tokens; UserError for a bad one."""
+    if holds_tokens([path]):
+        file, count = open_tokens(path)
+        file.close()
+        return count
+    with open_shard(path) as shard:
+        return shard.metadata.num_rows
+
+
+if LOOK:
+    with tempfile.TemporaryDirectory() as scratch:
+        write_tokens(Path(scratch) / "shard.bin", [256, 7, 8, 256, 9])
+        print("a shard of", count_contents(Path(scratch) / "shard.bin"), "tokens")
 
 # %% [markdown]
 # ### Offline: the standard library
@@ -410,25 +536,27 @@ if LOOK:
     print(f"the first document has {len(text):,} characters and begins {text[:50]!r}")
 
 # %% [markdown]
-# ### FineWeb-Edu and ClimbMix
+# ### FineWeb-Edu, ClimbMix and FineWeb in tokens
 #
 # Karpathy's shuffles of 100 billion tokens of FineWeb-Edu, in 1,823 shards of 90 MB, and of 400 billion of NVIDIA's
-# ClimbMix, in 6,543, which is what nanochat trains on since March 2026. Each shard is a fair sample of the whole, so
-# any eight are a good start.
+# ClimbMix, in 6,543, which is what nanochat trains on since March 2026. Each shard is a fair sample of the whole.
+# `fineweb10b` is 10 billion of FineWeb in GPT-2's tokens, on which modded-nanogpt's records are run.
 #
-# - FineWeb-Edu's revision is pinned to a commit. ClimbMix's is looked up once, when it is first used on a machine, and
+# - FineWeb-Edu's revision is pinned to a commit. The others' is looked up once, when it is first used on a machine, and
 #   kept; a run that is resumed elsewhere brings the commit that it began with. The same number of shards of a revision
 #   is always the same text.
-# - Eight shards download at a time, each with time-outs and a few retries.
-# - A shard gets its name in the cache only if its SHA-256 is the one that the Hub lists. After an interruption only
-#   what is missing is downloaded, and a second run asks the Hub nothing at all.
+# - Training begins as soon as the held-out shard and the first one are here: the others come while it runs, eight
+#   ahead (`onechip/shards.py`). Where the disk is too small for all, each is deleted once it is read.
+# - A shard gets its name in the cache only if its SHA-256 is the one that the Hub lists, and one that is there is used
+#   without asking. If the Hub goes away in the meantime, a line says so, and training waits only for the very shard
+#   that it needs.
 
 
 # %%
 class Dataset(NamedTuple):
-    """Parquet shards on the Hub, shard_00000.parquet and on, the last of which is held out.
+    """Shards on the Hub, numbered from `first` on; held_out: the one never trained on, "" if number last_shard is.
 
-    revision: a commit; empty for the newest one when it is first asked for.
+    last_shard: how many there are to train on. revision: a commit; empty for the newest one when it is first asked for.
     """
 
     name: str
@@ -436,6 +564,9 @@ class Dataset(NamedTuple):
     repo: str
     last_shard: int
     revision: str = ""
+    shard: str = "shard_{:05d}.parquet"
+    first: int = 0
+    held_out: str = ""
 
 
 FINEWEB = Dataset(
@@ -443,63 +574,11 @@ FINEWEB = Dataset(
     "4c8f30d6756da75362432a4d5569e1b229263b71",
 )  # fmt: skip
 CLIMBMIX = Dataset("climbmix", "ClimbMix, shuffled", "karpathy/climbmix-400b-shuffle", 6542)
-DATASETS = {"fineweb": FINEWEB, "climbmix": CLIMBMIX}  # by what --data calls them
-
-# %% cellView="form"
-# @title Downloads: several at a time, checked, complete or not there
-DOWNLOADS_AT_ONCE = 8
-
-
-def is_commit(revision):
-    """Whether a revision is a commit: a branch could be other text tomorrow."""
-    return isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision) is not None
-
-
-def newest_revision(dataset):
-    """The commit of a dataset that was its newest when this machine first asked for it."""
-    note = home() / "revisions" / f"{dataset.name}.json"
-    known = (read_json_or_none(note) or {}).get("revision")
-    if not is_commit(known):
-        api = load_hub().HfApi(token=False)
-        known = try_again(lambda: api.dataset_info(dataset.repo).sha, f"{dataset.repo}: has not said what is newest")
-        write_json(note, {"revision": known})
-        say(f"revision: {dataset.repo} is at {known[:12]}, which stays the one for this machine ({note})")
-    return known
-
-
-def list_shards(dataset, names, revision):
-    """What the Hub says of each shard, in one request: {name: RepoFile with size in bytes and SHA-256}."""
-    api = load_hub().HfApi(token=False)  # public data: no login, so no expired one can be in the way
-    listed = try_again(
-        lambda: api.get_paths_info(dataset.repo, names, revision=revision, repo_type="dataset"),
-        f"{dataset.repo} at {revision[:12]}: cannot be downloaded",
-    )
-    listed = {file.path: file for file in listed}
-    for name in names:
-        if name not in listed:
-            raise UserError(f"{name}: {dataset.repo} has no such shard at {revision[:12]}; choose another revision")
-    return listed
-
-
-def download_shard(dataset, name, directory, revision, sha256):
-    """Downloads one shard to `directory`, under its own name only if it is complete and checked; returns its bytes."""
-    hub = load_hub()
-
-    def fetch():
-        with atomic_write(directory / name) as part:
-            hub.hf_hub_download(
-                dataset.repo, name, repo_type="dataset", revision=revision, local_dir=part.parent, token=False
-            )
-            arrived = hash_file(part)
-            if sha256 and arrived != sha256:
-                raise OSError(f"SHA-256 {arrived[:12]} is not the Hub's {sha256[:12]}")
-            try:
-                open_shard(part).close()
-            except UserError as error:
-                raise UserError(str(error).replace(str(part), f"{name} of {dataset.repo}")) from None
-            return part.stat().st_size
-
-    return try_again(fetch, f"{name}: cannot be downloaded")
+FINEWEB10B = Dataset(
+    "fineweb10b", "FineWeb in GPT-2's tokens", "kjj0/fineweb10B-gpt2", 103,
+    shard="fineweb_train_{:06d}.bin", first=1, held_out="fineweb_val_000000.bin",
+)  # fmt: skip
+DATASETS = {"fineweb": FINEWEB, "climbmix": CLIMBMIX, "fineweb10b": FINEWEB10B}  # by what --data calls them
 
 
 def check_shards(dataset, num_shards):
@@ -508,55 +587,38 @@ def check_shards(dataset, num_shards):
     require(1 <= num_shards <= last, "num_shards", num_shards, f"must be 1 to {last}, as {dataset.name} has them")
 
 
-def hub_corpus(dataset, num_shards, directory=None, revision=""):
-    """The first `num_shards` shards of a Dataset to train on and its last one held out; downloads what is missing.
+def hub_corpus(dataset, num_shards, directory=None, revision="", resumed=False):
+    """The first `num_shards` shards of a Dataset to train on, and its held-out one.
 
-    revision: a commit; empty: the dataset's own.
+    Downloads the latter and, unless a run is resumed, the first one; the others when they are read. revision: a commit;
+    empty: the dataset's own.
     """
     check_shards(dataset, num_shards)
-    revision = revision or dataset.revision or newest_revision(dataset)
+    revision = revision or dataset.revision or newest_revision(dataset.name, dataset.repo)
     require(is_commit(revision), "revision", revision, f"must be a commit of {dataset.repo}, 40 hexadecimal digits")
     directory = Path(directory or home() / f"{dataset.name}-{revision[:12]}")
-    names = [f"shard_{i:05d}.parquet" for i in [*range(num_shards), dataset.last_shard]]
-    missing = [name for name in names if not (directory / name).exists()]
-    if missing:
-        download_shards(dataset, missing, directory, revision)
-    paths = [directory / name for name in names]
-    for path in paths:
-        open_shard(path).close()
-    return Corpus(name=dataset.name, revision=revision, train=tuple(paths[:-1]), val=tuple(paths[-1:]))
+    names = [dataset.shard.format(dataset.first + i) for i in range(num_shards)]
+    train = HubShards(dataset.repo, revision, names, directory, count_contents)
+    held_out = directory / (dataset.held_out or dataset.shard.format(dataset.last_shard))
+    needed = [held_out] if resumed else [train.paths[0], held_out]
+    train.fetch(needed)
+    for path in needed:
+        count_contents(path)
+    train.plan(held_out.stat().st_size)
+    return Corpus(name=dataset.name, revision=revision, train=train, val=(held_out,))
 
 
-def download_shards(dataset, names, directory, revision):
-    """Downloads several shards at a time with one progress bar; the first that fails stops the rest."""
-    listed = list_shards(dataset, names, revision)
-    size = sum(listed[name].size for name in names)
-    say(f"download: {len(names)} shards, {size / 1e6:,.0f} MB, of {dataset.repo} at {revision[:12]} to {directory}")
-    pool = concurrent.futures.ThreadPoolExecutor(DOWNLOADS_AT_ONCE)
-    with without_bars():  # one bar for all instead of one for each
-        try:
-            jobs = []
-            for name in names:
-                sha256 = listed[name].lfs.sha256 if listed[name].lfs else None
-                jobs.append(pool.submit(download_shard, dataset, name, directory, revision, sha256))
-            with progress_bar(total=size, unit="B", unit_scale=True, desc="shards") as bar:
-                for job in concurrent.futures.as_completed(jobs):
-                    bar.update(job.result())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-# %%
 if LOOK:
     for dataset in DATASETS.values():
-        shards = list(home().glob(f"{dataset.name}-*/*.parquet"))
+        shards = list(home().glob(f"{dataset.name}-*/*{Path(dataset.shard).suffix}"))
         print(f"{dataset.title}: {len(shards)} of {dataset.last_shard + 1:,} shards are on this machine")
 
 # %% [markdown]
 # ### A folder of your own
 #
 # Any folder with two or more `*.parquet` files that have a string column `text` will do. In the order of their names,
-# the last one is held out.
+# the last one is held out. Or one with two or more `*.bin` files of tokens: there `*_val_*.bin` is, if it has such, and
+# a `tokenizer.json` next to them says what the tokens mean, if they are not GPT-2's.
 #
 # The revision is a hash of the names and of the whole content, so a changed folder gets a tokenizer of its own.
 # Hashing takes a second per gigabyte; hashes are kept until a file's size or time stamps change.
@@ -586,18 +648,31 @@ def hash_shards(folder, paths):
     return hashes
 
 
+def is_tokenized(source):
+    """Whether the data that `source` names is of tokens: a key of DATASETS, or a folder of .bin shards."""
+    if source in DATASETS:
+        return DATASETS[source].shard.endswith(".bin")
+    return source != "offline" and any(Path(source).expanduser().glob("*.bin"))
+
+
 def folder_corpus(path):
-    """The parquet shards of a folder, the last one held out."""
+    """The shards of a folder, of text or of tokens: the last one is held out, or those of tokens named *_val_*."""
     path = Path(path).expanduser()
     named = ", ".join(DATASETS)
-    require(path.is_dir(), "data", str(path), f"is neither offline nor {named} nor a folder of parquet shards")
-    shards = sorted(path.glob("*.parquet"))
-    if len(shards) < 2:
-        raise UserError(f"{path}: holds {len(shards)} parquet shards; two or more are needed, the last is held out")
+    require(path.is_dir(), "data", str(path), f"is neither offline nor {named} nor a folder of shards")
+    shards, kind = sorted(path.glob("*.parquet")), "parquet"
+    if tokens := sorted(path.glob("*.bin")):
+        if shards:
+            raise UserError(f"{path}: holds {shards[0].name} and {tokens[0].name}; keep .parquet or .bin, not both")
+        shards, kind = tokens, ".bin"
+    val = [shard for shard in tokens if "_val_" in shard.name] or shards[-1:]
+    train = [shard for shard in shards if shard not in val]
+    if not train:
+        raise UserError(f"{path}: holds {len(shards)} {kind} shards; two or more are needed, one of them is held out")
     for shard in shards:
-        open_shard(shard).close()
+        count_contents(shard)
     digest = hashlib.sha256(json.dumps(hash_shards(path, shards)).encode())
-    return Corpus(name=path.name, revision=digest.hexdigest()[:12], train=tuple(shards[:-1]), val=tuple(shards[-1:]))
+    return Corpus(name=path.name, revision=digest.hexdigest()[:12], train=tuple(train), val=tuple(val))
 
 
 def get_corpus(source, num_shards, kept=None):
@@ -610,22 +685,24 @@ def get_corpus(source, num_shards, kept=None):
     elif source in DATASETS:
         dataset, kept = DATASETS[source], kept or {}
         revision = kept.get("revision", "") if kept.get("name") == dataset.name else ""
-        corpus, what = hub_corpus(dataset, num_shards, revision=revision), dataset.title
+        corpus = hub_corpus(dataset, num_shards, revision=revision, resumed=bool(revision))
+        what = dataset.title
     else:
         corpus, what = folder_corpus(source), "your own folder"
-    train, val = (sum(count_rows(path) for path in paths) for paths in (corpus.train, corpus.val))
-    require(train and val, "data", source, f"holds too few documents: {train} to train on, {val} held out")
-    say(
-        f"data: {what} ({corpus.name} at {corpus.revision[:20]}): {train:,} documents in {len(corpus.train)} "
-        f"training shards, {val:,} held out"
-    )
+    say(f"data: {what} ({corpus.name} at {corpus.revision[:20]}): {describe_contents(corpus, source)}")
     return corpus
 
 
-def count_rows(path):
-    """The number of documents in a shard, from its footer."""
-    with open_shard(path) as shard:
-        return shard.metadata.num_rows
+def describe_contents(corpus, source):
+    """How much a Corpus holds, in words; UserError if that is nothing."""
+    unit, val = "tokens" if holds_tokens(corpus.val) else "documents", sum(map(count_contents, corpus.val))
+    paths = local_paths(corpus.train)
+    if paths is not corpus.train:  # they come as they are needed
+        here = sum(path.exists() for path in paths)
+        return f"{len(paths)} training shards, {here} of them here; {val:,} {unit} held out"
+    train = sum(map(count_contents, paths))
+    require(train and val, "data", source, f"holds too few {unit}: {train} to train on, {val} held out")
+    return f"{train:,} {unit} in {len(paths)} training shards, {val:,} held out"
 
 
 # %%
@@ -642,6 +719,7 @@ if LOOK:
 
 # %%
 BOS = "<|bos|>"  # begins every document
+GPT2_BOS = "<|endoftext|>"  # and here where a tokenizer is not of this notebook: GPT-2's
 SPECIAL_TOKENS = (
     BOS,
     "<|user_start|>",  # these and the following are for chats, after pretraining
@@ -657,6 +735,8 @@ SPECIAL_TOKENS = (
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(texts, vocab_size, pattern=SPLIT_PATTERN):
@@ -706,9 +786,22 @@ if LOOK:
 # switch is not part of the file: whether a special token that is spelled out in plain text becomes the special id. It
 # must not, or any web page could end a document. `load_tokenizer` therefore sets the switch again, and
 # `tokenizer_config.json` does so for `transformers`.
+#
+# Shards of tokens come with a tokenizer of their own, GPT-2's unless a `tokenizer.json` lies next to them: 50,257
+# tokens, of which `<|endoftext|>` opens a document, and none is for chats.
 
 
 # %%
+def opening_token(tokenizer):
+    """The special token that opens a document, as text: <|bos|>, or <|endoftext|> in one of GPT-2's kind; else None."""
+    return next((token for token in (BOS, GPT2_BOS) if tokenizer.token_to_id(token) is not None), None)
+
+
+def opening_id(tokenizer):
+    """The id of the token that opens a document."""
+    return tokenizer.token_to_id(opening_token(tokenizer))
+
+
 def save_tokenizer(tokenizer, path):
     """Writes tokenizer.json, completely or not at all."""
     write_text(path, tokenizer.to_str(pretty=True))
@@ -720,13 +813,13 @@ def export_tokenizer(tokenizer, folder, **more):
     more: further entries of tokenizer_config.json, such as eos_token or model_max_length.
     """
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, **more}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": opening_token(tokenizer), **more}
     settings |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}  # text stays text
     write_json(folder / "tokenizer_config.json", settings)
 
 
 def load_tokenizer(path):
-    """Reads tokenizer.json; UserError if it is missing, cannot be parsed or is not one of ours."""
+    """Reads tokenizer.json; UserError if it is missing, cannot be parsed or is neither ours nor like GPT-2's."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no tokenizer; run 01_tokenizer to train one")
@@ -734,7 +827,8 @@ def load_tokenizer(path):
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{path}: not a tokenizer.json ({first_line(error)}); delete it and run 01_tokenizer") from None
-    absent = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    needed = SPECIAL_TOKENS if opening_token(tokenizer) != GPT2_BOS else ()
+    absent = [token for token in needed if tokenizer.token_to_id(token) is None]
     if absent:
         raise UserError(f"{path}: has no special token {absent[0]!r}; delete it and run 01_tokenizer")
     size = tokenizer.get_vocab_size()
@@ -743,7 +837,7 @@ def load_tokenizer(path):
     try:
         fast_encoder(tokenizer)
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: does not cut text into bytes as ours do; delete it and run 01_tokenizer") from None
+        raise UserError(f"{path}: does not cut and merge text as ours do; delete it and run 01_tokenizer") from None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -776,8 +870,31 @@ def read_limits(record):
     return {} if known is None else {"max_doc_chars": 10_000, **known}  # older records lack it: it was a constant
 
 
+GPT2 = ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e")
+
+
+def tokenizer_of_tokens(folder):
+    """The tokenizer of a folder's shards of tokens: the tokenizer.json there, or GPT-2's, downloaded once."""
+    path, (repo, revision) = folder / "tokenizer.json", GPT2
+    if not path.exists():
+        path = home() / "tokenizers" / f"gpt2-{revision[:12]}" / "tokenizer.json"
+    if not path.exists():
+        say(f"download: {path.name} of {repo} at {revision[:12]} to {path.parent}")
+        with without_bars():
+            listed = look_up_files(repo, [path.name], revision, repo_type="model")[path.name]
+            download_file(path, listed, repo, revision, load_tokenizer, repo_type="model")
+    tokenizer = load_tokenizer(path)
+    say(f"tokenizer: {tokenizer.get_vocab_size():,} tokens, those that the shards are in ({path})")
+    return tokenizer
+
+
 def get_tokenizer(corpus, vocab_size, max_train_chars=None, max_doc_chars=None):
-    """The tokenizer of a corpus: the one trained before, if its limits are those that are given, or a new one."""
+    """The tokenizer of a corpus: the one trained before, if its limits are those that are given, or a new one.
+
+    That of shards of tokens is given with them, whatever vocab_size says.
+    """
+    if holds_tokens(corpus.val):
+        return tokenizer_of_tokens(corpus.val[0].parent)
     folder = tokenizer_folder(corpus, vocab_size)
     path, record = folder / "tokenizer.json", folder / "trained_on.json"
     known, asked = read_limits(record), {"max_train_chars": max_train_chars, "max_doc_chars": max_doc_chars}
@@ -876,18 +993,32 @@ PIECE_CHARS = 50_000
 PIECE_CUTS = (r"[^\W_](?=\s)", r"\S(?= )")  # after a letter or digit before white space, else before a blank
 
 
+def split_pattern(parsed):
+    """The regular expression that a tokenizer.json cuts text by; ValueError for one that tiktoken would not follow."""
+    vocab, merges, cut = parsed["model"]["vocab"], parsed["model"]["merges"], parsed["pre_tokenizer"]
+    made = dict.fromkeys(vocab["".join(pair)] for pair in merges)
+    if parsed["normalizer"] or list(made) != sorted(made):  # tiktoken merges in the order of the ids
+        raise ValueError("the text is changed first, or ids are not in the order of merges")
+    if cut["type"] == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]:
+        return GPT2_PATTERN
+    (pattern,) = (step["pattern"]["Regex"] for step in cut["pretokenizers"] if step["type"] == "Split")
+    return pattern
+
+
 @functools.lru_cache(maxsize=4)
 def fast_encoder(tokenizer):
-    """tiktoken.Encoding for the vocabulary and pattern of a tokenizer; built once, in 5 ms for 8,192 tokens."""
-    steps = json.loads(tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
-    (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
+    """tiktoken.Encoding for the vocabulary and pattern of a tokenizer; built once, in 5 ms for 8,192 tokens.
+
+    ValueError, KeyError or TypeError for a tokenizer that does not work in the same way.
+    """
+    pattern = split_pattern(json.loads(tokenizer.to_str()))
     ranks = {raw: i for i, raw in enumerate(token_byte_strings(tokenizer)) if raw}
     return tiktoken.Encoding("onechip", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 def encode_batch(tokenizer, texts):
-    """Token ids of each text, a list of int with <|bos|> first; on all cores."""
-    bos = tokenizer.token_to_id(BOS)
+    """Token ids of each text, a list of int with the opening one first; on all cores."""
+    bos = opening_id(tokenizer)
     pieces = [list(split_text(text, PIECE_CHARS, PIECE_CUTS)) for text in texts]
     encode = fast_encoder(tokenizer).encode_ordinary_batch
     encoded = iter(encode([piece for text in pieces for piece in text], num_threads=os.cpu_count()))
@@ -908,7 +1039,7 @@ if LOOK:
 
 # %%
 def take_documents(documents, count, chars=1_000_000):
-    """The next `count` (position, text) of an iterator, fewer once they have `chars` characters; [] at its end."""
+    """The next `count` (position, document) of an iterator, fewer once they have `chars` characters; [] at its end."""
     taken, total = [], 0
     for position, text in itertools.islice(documents, count):
         taken.append((position, text))
@@ -921,23 +1052,39 @@ def take_documents(documents, count, chars=1_000_000):
 BEGINNING = {"epoch": 0, "shard": 0, "row_group": 0, "document": 0}
 
 
+def reader_of(tokenizer, paths):
+    """(read, encode): read(paths, start) yields (position, document), encode(documents) gives the ids of each."""
+    if holds_tokens(paths):
+        return functools.partial(read_token_documents, tokenizer), list
+    return read_documents, functools.partial(encode_batch, tokenizer)
+
+
 def encoded_documents(tokenizer, paths, place, needed, docs_per_call=32):
     """Yields (documents, place) without end: a list of int32 arrays, <|bos|> first, and the place right after them.
 
     place: as BEGINNING has it. 32 documents a call are enough for the encoder's threads, and few enough to have tokens
-    early. UserError if a whole epoch has no more than `needed` tokens.
+    early. A shard of the Hub that is damaged is downloaded again, and read on at the very next document. UserError if a
+    whole epoch has no more than `needed` tokens.
     """
     epoch, *start = (place[name] for name in BEGINNING)
-    start = tuple(start)
-    while True:
-        documents, seen = read_documents(paths, start), 0
-        while chunk := take_documents(documents, docs_per_call):
-            encoded = [np.asarray(ids, np.int32) for ids in encode_batch(tokenizer, [text for _, text in chunk])]
-            seen += sum(map(len, encoded))
-            yield encoded, dict(zip(BEGINNING, (epoch, *chunk[-1][0]), strict=True))
-        if start == (0, 0, 0) and seen <= needed:
-            raise UserError(f"the corpus has {seen:,} tokens, too few for one batch of {needed:,}: add documents")
-        epoch, start = epoch + 1, (0, 0, 0)
+    (read, encode), start = reader_of(tokenizer, paths), tuple(start)
+    whole, seen = start == (0, 0, 0), 0
+    with following(paths, start[0]) as shards:
+        while True:
+            documents = read(shards, start)
+            try:
+                while chunk := take_documents(documents, docs_per_call):
+                    encoded = [np.asarray(ids, np.int32) for ids in encode([document for _, document in chunk])]
+                    seen, start = seen + sum(map(len, encoded)), chunk[-1][0]
+                    yield encoded, dict(zip(BEGINNING, (epoch, *start), strict=True))
+            except DamagedShard as error:
+                if shards is paths:
+                    raise
+                shards.recover(error)
+                continue
+            if whole and seen <= needed:
+                raise UserError(f"the corpus has {seen:,} tokens, too few for one batch of {needed:,}: add documents")
+            epoch, start, whole, seen = epoch + 1, (0, 0, 0), True, 0
 
 
 def token_stream(tokenizer, paths, batch_tokens, position=None, docs_per_call=32):
@@ -979,7 +1126,7 @@ def packed_rows(tokenizer, paths, rows, length, position=None, waiting=WAITING):
     place, packed, dropped = {name: position[name] for name in BEGINNING}, position["packed"], position["dropped"]
     lengths = np.asarray(position["lengths"], np.int64)
     held = [piece for piece in np.split(np.asarray(position["tokens"], np.int32), np.cumsum(lengths)) if len(piece)]
-    documents = encoded_documents(tokenizer, paths, place, rows * length)
+    documents, bos = encoded_documents(tokenizer, paths, place, rows * length), opening_id(tokenizer)
     while True:
         batch = np.empty((rows, length), np.int32)
         for row in batch:
@@ -988,7 +1135,10 @@ def packed_rows(tokenizer, paths, rows, length, position=None, waiting=WAITING):
                 while len(held) < waiting:
                     encoded, place = next(documents)
                     for document in encoded:
-                        bisect.insort(held, document, key=len)
+                        if document[0] == bos:
+                            bisect.insort(held, document, key=len)
+                        else:  # the rest of one that was opened in a shard before the first, or a million tokens ago
+                            dropped += len(document)
                 fits = bisect.bisect_right(held, length - filled, key=len)
                 document = held.pop(max(0, fits - 1))
                 part = document[: length - filled]
@@ -1023,9 +1173,9 @@ def load_held_out(tokenizer, corpus, eval_tokens, seq_len):
     """The first eval_tokens tokens of the held-out shards as a HeldOut of rows of seq_len; UserError if too few."""
     rows = max(1, eval_tokens // seq_len)
     needed = rows * seq_len + 1
-    parts, total = [], 0
-    for _, text in read_documents(corpus.val):
-        parts.append(encode_batch(tokenizer, [text])[0])
+    (read, encode), parts, total = reader_of(tokenizer, corpus.val), [], 0
+    for _, document in read(corpus.val):
+        parts.append(encode([document])[0])
         total += len(parts[-1])
         if total >= needed:
             break
@@ -1134,7 +1284,6 @@ def held_out_samples(corpus, max_documents=1_000):
 
 # %% cellView="form"
 # @title Tokenizers to compare with
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPACE_PATTERN = r"\s?\S+|\s+"
 
 

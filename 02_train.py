@@ -1331,7 +1331,7 @@ def make_sample_writer(config, tokenizer, prompts, model=GPT):
     """A function of params -> [(prompt, continuation)]: 64 tokens at most, temperature 0.8, top 50, up to a <|bos|>."""
     count = min(SAMPLE_TOKENS, config.seq_len // 2)
     sampler = make_sampler(config, count, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, model)
-    bos = tokenizer.token_to_id(tok.BOS)
+    bos = tok.opening_id(tokenizer)
 
     def write(params, prompt, seed):
         ids = tok.encode_batch(tokenizer, [prompt])[0][: config.seq_len - count]

@@ -492,7 +492,7 @@ because none that is known computes the same: {reason}."""
 
 def write_tokenizer(folder, config, tokenizer):
     """tokenizer.json and what AutoTokenizer reads with it: it opens a text with <|bos|>, as training did."""
-    bos = tok.BOS
+    bos = tok.opening_token(tokenizer)
     opening = Tokenizer.from_str(tokenizer.to_str())
     ids = [(bos, tokenizer.token_to_id(bos))]
     opening.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=ids)
@@ -507,7 +507,7 @@ def export_qwen3(config, result, tokenizer, source=""):
     if reason := why_not_qwen3(config):
         say(f"export: plain safetensors, as {reason}")
         return train.export_model(result, tokenizer, source, PLAIN.format(reason=reason), style=STYLE)
-    run, bos = RunFolder(result.run_dir), tokenizer.token_to_id(tok.BOS)
+    run, bos = RunFolder(result.run_dir), tok.opening_id(tokenizer)
     copy_into(run.model, run.picture)
     with atomic_write(run.model / FOREIGN_WEIGHTS) as part:
         save_file(qwen3_weights(config, jax.device_get(result.params)), part, metadata={"format": "pt"})

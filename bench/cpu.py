@@ -151,9 +151,38 @@ def offline_tokens(config):
     return stream, tokenizer, [text for _, text in tok.read_documents(corpus.train)]
 
 
+def tokens_folder(corpus, tokenizer, folder):
+    """The corpus's shards as shards of tokens in a folder, with their tokenizer; returns the Corpus."""
+    for path in (*corpus.train, *corpus.val):
+        texts = [text for _, text in tok.read_documents([path])]
+        ids = itertools.chain.from_iterable(tok.encode_batch(tokenizer, texts))
+        tok.write_tokens(Path(folder) / f"{path.stem}.bin", list(ids))
+    tok.save_tokenizer(tokenizer, Path(folder) / "tokenizer.json")
+    return tok.folder_corpus(folder)
+
+
+def row_readers(tokenizer, folder, rows=8, length=2049, batches=60):
+    """{name: function that reads tokens packed in rows of 2,049 and returns how many}, of text and of tokens.
+
+    The documents that wait to be packed are there before the first call.
+    """
+    corpus, readers = tok.offline_corpus(), {}
+    for name, paths in (("rows", corpus.train), ("rows_from_bin", tokens_folder(corpus, tokenizer, folder).train)):
+        packed = tok.packed_rows(tokenizer, paths, rows, length)
+        next(packed)
+        readers[name] = lambda packed=packed: sum(tokens.size for tokens, _ in itertools.islice(packed, batches))
+    return readers
+
+
 def bench_tokenizer():
-    """Seconds to train 8,192 tokens on the offline corpus, on all cores; tokens encoded per second and CPU second, by
-    the tokenizer alone and as the stream that training reads, parquet to packed batches."""
+    """Seconds to train 8,192 tokens on the offline corpus, on all cores; tokens per second and CPU second: encoded by
+    the tokenizer alone, as the stream that training reads, and as rows of 2,049 packed from parquet and from .bin."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_tokens(folder)
+
+
+def measure_tokens(folder):
+    """bench_tokenizer's figures; folder: where the shards of tokens go."""
     stream, tokenizer, texts = offline_tokens(config_of("small"))
 
     def per_second(action):
@@ -170,9 +199,10 @@ def bench_tokenizer():
     encode = lambda: sum(len(ids) for i in range(0, 640, 32) for ids in tok.encode_batch(tokenizer, texts[i : i + 32]))
     read = lambda: sum(batch["x"].size for batch, _ in itertools.islice(stream(), 250))
     result = {"train_seconds": summarize([timed_training() for _ in range(ROUNDS)], 2)}
-    encoded, streamed = zip(*((per_second(encode), per_second(read)) for _ in range(ROUNDS)), strict=True)
-    for name, figures in (("encode", encoded), ("stream", streamed)):
-        wall, cpu = zip(*figures, strict=True)
+    actions = {"encode": encode, "stream": read, **row_readers(tokenizer, folder)}
+    rounds = [{name: per_second(action) for name, action in actions.items()} for _ in range(ROUNDS)]
+    for name in actions:
+        wall, cpu = zip(*(figures[name] for figures in rounds), strict=True)
         result[f"{name}_tokens_per_second"] = summarize(wall)
         result[f"{name}_tokens_per_cpu_second"] = summarize(cpu)
     return result

@@ -7,6 +7,7 @@ import os
 import re
 import time
 import urllib.parse
+import warnings
 
 from onechip.errors import UserError
 from onechip.files import is_full
@@ -30,7 +31,7 @@ def load_hub():
     # Plain HTTP respects these time-outs; a xet download can hang for ever (huggingface_hub#4085).
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
     if "HF_HUB_DISABLE_XET" in os.environ:  # another library may have imported the client before
@@ -45,7 +46,9 @@ def load_hub():
     # Neither http_backoff nor its callers let anyone else set how often a request is repeated.
     if hasattr(_http, "_http_backoff_base"):  # a private name: without it the client repeats by its own policy
         _http._http_backoff_base = repeat_as_here(_http._http_backoff_base)
-    logging.getLogger(_http.__name__).addFilter(is_news)
+    for module in (_http, file_download):
+        logging.getLogger(module.__name__).addFilter(is_news)
+    warnings.filterwarnings("ignore", "Not enough free disk space")  # a disk that is full says so itself, once
     return huggingface_hub
 
 
@@ -76,7 +79,8 @@ def repeat_as_here(backoff):
 def is_news(record):
     """A filter of the client's log: leaves out each failed attempt, as the outcome is reported in one line here."""
     text = record.getMessage()
-    return "thrown while requesting" not in text and not text.startswith(("Retrying in", "Rate limited"))
+    attempts = ("Retrying in", "Rate limited", "Error while downloading")
+    return "thrown while requesting" not in text and not text.startswith(attempts)
 
 
 @contextlib.contextmanager

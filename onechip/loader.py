@@ -4,12 +4,22 @@ import contextlib
 import queue
 import threading
 
+from onechip.machine import is_interrupted
+
+
+def is_closing():
+    """Whether this thread is that of a loader which is being closed: what waits for something in it gives up then."""
+    closing = getattr(threading.current_thread(), "closing", None)
+    return closing is not None and closing.is_set()
+
 
 class PrefetchDataLoader:
     """Iterates over (place(item), state) for the (item, state) pairs of `batches`, prepared ahead in a thread.
 
     `depth` batches wait on the device while one more is prepared. `close()` (or leaving a `with` block) ends the thread
-    and frees the waiting batches. An error in the thread is raised here by the next `next()`, before any of them.
+    and frees the waiting batches; what waits in the thread for longer asks `is_closing`. An error in the thread is
+    raised here by the next `next()`, before any of them. Where a batch is not ready, an interrupt that a
+    deferred_interrupt has noted is raised as KeyboardInterrupt: the batch may be hours away.
     """
 
     def __init__(self, batches, place=lambda item: item, depth=2):
@@ -18,6 +28,7 @@ class PrefetchDataLoader:
         self._stop = threading.Event()
         self._error = None
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._thread.closing = self._stop
         self._thread.start()
 
     def _work(self):
@@ -49,6 +60,8 @@ class PrefetchDataLoader:
                 return self._ready.get(timeout=0 if ended else 0.05)
             if ended and self._error is None:
                 raise StopIteration
+            if is_interrupted():
+                raise KeyboardInterrupt
 
     def close(self):
         """Ends the thread and frees what it has prepared."""

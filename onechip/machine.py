@@ -134,6 +134,15 @@ class Interrupt:
     insisted = False  # asked a second time: KeyboardInterrupt was raised, at any point of the program
 
 
+_noting = []  # the Interrupts of deferred_interrupts that are open, the innermost last
+
+
+def is_interrupted():
+    """Whether this thread, the main one, is asked to stop by an interrupt that a deferred_interrupt has noted."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and bool(_noting) and _noting[-1].requested
+
+
 @contextlib.contextmanager
 def deferred_interrupt(raise_at_once=False):
     """Yields an Interrupt that notes SIGINT, SIGTERM and SIGHUP; the first does nothing else, a second one raises.
@@ -159,9 +168,11 @@ def deferred_interrupt(raise_at_once=False):
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
         numbers.append(hangup)
     before = {number: signal.signal(number, note) for number in numbers}
+    _noting.append(noted)
     try:
         yield noted
     finally:
+        _noting.remove(noted)
         for number, handler in before.items():
             signal.signal(number, handler)
 

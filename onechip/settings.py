@@ -194,8 +194,8 @@ class Run:
 
     preset: str = setting("", "chip, gpu or laptop; empty: by the device")
     optimizer: str = setting("", "adamw or muon; empty: the notebook's own")
-    data: str = setting("", "offline, fineweb, climbmix or a folder of shards; empty: offline for laptop, else fineweb")
-    num_shards: int = setting(0, "shards to download and train on, 50M tokens each; 0: as needed", at_least=0)
+    data: str = setting("", "offline, fineweb, climbmix, fineweb10b or a folder of shards; empty: as suits the preset")
+    num_shards: int = setting(0, "shards to train on, 50M tokens each (fineweb10b: 100M); 0: as needed", at_least=0)
     name: str = setting("", "name of the run; one that exists is resumed; empty: after its settings")
     other_data: bool = setting(False, "resume a run although its data is of another revision")
     take_over: bool = setting(False, "take the run from another process that has it")
@@ -229,7 +229,8 @@ def name_run(run, config):
     return f"{run.preset}-{Path(run.data).name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
 
 
-TOKENS_A_SHARD = 50e6
+TOKENS_A_SHARD, MOST_SHARDS = 50e6, 1000
+OTHER_SHARDS = {"fineweb10b": (100e6, 103)}  # the same two of shards of tokens
 PACKED = 0.6  # of them at least are left by best-fit packing: nanochat measured 65.4 % at 2,048 tokens a row
 
 
@@ -253,8 +254,9 @@ def settle(run, config_class, presets, fields):
     config = config_class(**{**presets[preset], **fields})
     data = run.data or ("offline" if preset == "laptop" else "fineweb")
     packed = getattr(config, "packing", "stream") == "best-fit"  # not every config has a choice
-    used = TOKENS_A_SHARD * (PACKED if packed else 1.0)
-    shards = run.num_shards or min(1000, math.ceil(count_tokens(config) / used))
+    tokens, most = OTHER_SHARDS.get(data, (TOKENS_A_SHARD, MOST_SHARDS))
+    used = tokens * (PACKED if packed else 1.0)
+    shards = run.num_shards or min(most, math.ceil(count_tokens(config) / used))
     data_because = "as set" if run.data else f"as the preset is {preset}"
     devices = f"{jax.local_device_count()} x {device.device_kind}"
     say(f"device: {devices} (jax {jax.__version__}, {os.cpu_count()} CPU cores)")

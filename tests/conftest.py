@@ -45,6 +45,20 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def in_time():
+    """A test that waits for ever fails after half a minute."""
+
+    def too_late(number, frame):
+        raise TimeoutError("this test has waited for 30 s")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
 def interruptible():
     """Ctrl-C and a closed terminal act, even where pytest was started in the background or by nohup."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
