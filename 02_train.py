@@ -303,6 +303,11 @@ class TrainConfig:
         return self.head_dim**-0.5
 
     @property
+    def gated_layers(self):
+        """Which layers add something to their values, as `attend` takes it: (n_layer,) bools, for estimates of time."""
+        return (False,) * self.n_layer
+
+    @property
     def sizes(self):
         """{letter: size} of the axes that a weight can have."""
         sizes = {"D": self.n_embd, "N": self.n_head, "K": self.n_kv_head, "H": self.head_dim, "F": self.mlp_dim}
@@ -1234,8 +1239,9 @@ def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sampl
     with Session(run_dir, config, origin, metric=task.metric, **session) as run:
         state = run.restore(state_shapes(config, mesh, model, optimizer)) or init_state(config, mesh, model, optimizer)
         place = functools.partial(jax.device_put, device=sharding_of(mesh, "B"))
-        peak_rate = fit.peak_rate(workload(mesh, model, optimizer), config)
-        run.begin(state, task.batches, place, peak_rate=peak_rate, facts=task.facts, files=task.files)
+        work, stages = workload(mesh, model, optimizer), [c for _, c in stages_of(config)]
+        paces = {(c.total_batch_size, c.seq_len): fit.peak_rate(work, c) for c in stages}
+        run.begin(state, task.batches, place, paces=paces, facts=task.facts, files=task.files)
         with run.saving():
             while run.continues():
                 if run.due("save"):

@@ -283,6 +283,11 @@ class Config(train.TrainConfig):
         return tuple(min(short, self.seq_len) if letter == "S" else self.seq_len for letter in letters)
 
     @property
+    def gated_layers(self):
+        """Those that have value embeddings."""
+        return tuple(self.value_embeds and has_value_embedding(i, self.depth) for i in range(self.depth))
+
+    @property
     def score_scale(self):
         """Of queries and keys times qk_scale each."""
         return self.qk_scale**2 * super().score_scale
@@ -290,8 +295,7 @@ class Config(train.TrainConfig):
     @property
     def scaling_params(self):
         """N, which tokens and weight decay are reckoned from."""
-        layers = sum(has_value_embedding(i, self.depth) for i in range(self.depth)) if self.value_embeds else 0
-        gates = layers * self.n_kv_head * GATE_INPUTS
+        gates = sum(self.gated_layers) * self.n_kv_head * GATE_INPUTS
         return scaling_params(self.depth, self.n_embd, self.n_kv_head * self.head_dim, self.vocab_size, gates)
 
     def __post_init__(self):
@@ -392,11 +396,10 @@ def nanochat_weights(config):
         "value_embeds": Weight("V->W", matrix(1.0), "embed", "value_embeds", config.embed_dtype),
         "value_gate": Weight("E->K", gate, "attention"),
     }
-    has_values = [config.value_embeds and has_value_embedding(i, config.n_layer) for i in range(config.n_layer)]
     weights = {
         "wte": Weight("V->D", normal(0.8), "embed", dtype=config.embed_dtype),
         "lm_head": base["lm_head"],
-        "layers": [layer | values if has else layer for has in has_values],
+        "layers": [layer | values if gated else layer for gated in config.gated_layers],
     }
     if config.lambdas:
         weights["resid_lambdas"] = Weight("L", line(1.15, 1.05), "scalar", "resid_lambdas")

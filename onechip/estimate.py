@@ -91,6 +91,7 @@ def least_bytes(config, count):
 # Instruction bundles of one head, forward + backward.
 # Ours: {head_dim: (per block of 512 tokens, for RoPE and norms; per visited tile)}.
 FUSED_BUNDLES = {128: (408 + 725, 535 + 1341), 256: (595 + 1370, 741 + 1342)}
+GATED_BUNDLES = {128: 35 + 115, 256: 34 + 238}  # more per block of 512 tokens, where a layer adds to its values
 # Splash: {(block, head_dim): per visited block}.
 SPLASH_BUNDLES = {
     (256, 128): 993 + 1013 + 658, (512, 128): 1504 + 1722 + 1255, (1024, 128): 4225 + 5126 + 3937,
@@ -108,12 +109,12 @@ def kernel_cycles(config, sequences):
 
     block = kernels.block_size(c.seq_len) if c.attn_impl == "pallas" else math.gcd(c.seq_len, SPLASH_BLOCK)
     ours, splash = FUSED_BUNDLES.get(c.head_dim), SPLASH_BUNDLES.get((block, c.head_dim))
-    for window in c.windows:
+    for window, gated in zip(c.windows, c.gated_layers, strict=True):
         visited = sum(1 for _ in kernels.tiles(c.seq_len, window, block))
         if c.attn_impl == "splash" and splash:
             total += visited * splash
         elif c.attn_impl == "pallas" and ours and block == 512:
-            total += c.seq_len // block * ours[0] + visited * ours[1]
+            total += c.seq_len // block * (ours[0] + gated * GATED_BUNDLES[c.head_dim]) + visited * ours[1]
         else:
             return None
     return total * sequences * c.n_head

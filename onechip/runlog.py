@@ -94,6 +94,11 @@ class RunLog:
         self._bar = progress_bar(total=steps, initial=first_step, unit="step")
         self._shown, self._since = {}, None
 
+    def set_pace(self, tokens_per_step, peak_rate):
+        """What a step is from the next one on, as __init__ takes it; waits for those before."""
+        self.flush()
+        self._tokens, self._peak = tokens_per_step, peak_rate
+
     def add(self, step, metrics):
         """Takes the metrics of the step that was just dispatched: scalars on the device, by name.
 
@@ -122,7 +127,7 @@ class RunLog:
     def _time(self, steps):
         """The time and, from the second call on, the speed of `steps` steps since the last call, as part of a row."""
         now, times = time.perf_counter(), {"time": round(time.time(), 3)}
-        if self._since is not None and steps:
+        if self._since is not None and steps and now > self._since:
             rate = steps * self._tokens / (now - self._since)
             times["tokens_per_second"], self._shown["tok/s"] = round(rate), f"{rate:,.0f}"
             if self._peak:

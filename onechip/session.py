@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from onechip.checkpoints import newest_checkpoint, pack_state, unpack_state, write_checkpoint
 from onechip.deadline import Deadline
@@ -23,6 +23,7 @@ from onechip.profile import ProfileWindow
 from onechip.resume import bring_back, compare_with_checkpoint
 from onechip.runfolder import ABOUT, METRICS, RunFolder, checkpoint_name
 from onechip.runlog import RunLog
+from onechip.weights import all_finite
 from onechip.writer import CHECKPOINTS, CheckpointWriter, bytes_of
 
 LONG_PAUSE = 5.0  # seconds that training waits for a checkpoint, from which on it is said
@@ -38,12 +39,6 @@ class Result(NamedTuple):
     gzip_bpb: float | None
     samples: list
     run_dir: Path
-
-
-@jax.jit
-def all_finite(tree):
-    """Whether every number in a pytree is finite: bool scalar."""
-    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 class Session:
@@ -110,12 +105,13 @@ class Session:
         say(f"resuming: {self.folder.path} continues after step {step:,} of {self.config.num_iterations:,}")
         return state
 
-    def begin(self, state, batches, place, *, peak_rate=None, facts=None, files=None):
+    def begin(self, state, batches, place, *, paces=None, facts=None, files=None):
         """Opens what training needs: log, profile, writer, loader. Nothing of the run is written before this.
 
         batches(position) yields (batch, position after it); a position's "log", a dict, goes into the evaluations'
-        rows. place puts a batch on the device. peak_rate: tokens/s at the devices' peak FLOP/s, for MFU; facts: more
-        JSON for config.json; files: {name: bytes} that the run's folder and every checkpoint hold.
+        rows. place puts a batch on the device. paces: {shape of a batch's first array: tokens/s at the devices' peak
+        FLOP/s, or None}, for MFU; facts: more JSON for config.json; files: {name: bytes} that the run's folder and
+        every checkpoint hold.
         """
         config, folder = self.config, self.folder
         self.state, self.step = state, int(state["step"])
@@ -133,9 +129,10 @@ class Session:
         up = {"after": self.mirror.offer, "held": self.mirror.held} if self.mirror else {}
         self._writer = CheckpointWriter(folder.checkpoints, config.keep, disk=self.disk, **up)
         self._closing.callback(self._finish_saving)
-        tokens = config.total_batch_size * config.seq_len
+        self._paces, self._shape = paces or {}, (config.total_batch_size, config.seq_len)
+        pace = math.prod(self._shape), self._paces.get(self._shape)
         logged = {"on_log": self.on_log, "rows": self.rows, "disk": self.disk}
-        self.log = RunLog(folder.metrics, config.num_iterations, self.step, tokens, peak_rate, **logged)
+        self.log = RunLog(folder.metrics, config.num_iterations, self.step, *pace, **logged)
         self._closing.callback(self.log.close)
         self._profile = ProfileWindow(folder.profile, config.num_iterations - self.step)
         self._closing.callback(self._profile.close)
@@ -170,6 +167,10 @@ class Session:
         if self._lock.lost:
             self._lock.check()
         batch, position = next(self._loader)
+        shape = jax.tree.leaves(batch)[0].shape
+        if shape != self._shape and shape in self._paces:  # another stage
+            self._shape = shape
+            self.log.set_pace(math.prod(shape), self._paces[shape])
         done = self.step - self._first
         self._mid_step = True  # the old state is donated, the new one and its position are not both here yet
         with self._profile.before(done):

@@ -110,6 +110,12 @@ def stored_like(tree, before):
     return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, before)
 
 
+@jax.jit
+def all_finite(tree):
+    """Whether every number in a pytree is finite: bool scalar."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
 def bytes_of(tree):
     """Bytes of all arrays, or jax.ShapeDtypeStructs, of a pytree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

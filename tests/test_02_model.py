@@ -8,6 +8,7 @@ import functools
 import importlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -340,6 +341,28 @@ def test_attention_equals_the_reference(impl, heads, window):
     for grad, want_grad in zip(grads, want_grads, strict=True):
         largest = np.abs(want_grad).max()  # zero for q and k at window 1, where the one weight is 1
         np.testing.assert_allclose(grad, want_grad, rtol=0, atol=5e-6 * max(largest, SCALES[heads], 1.0))
+
+
+@pytest.mark.parametrize("impl, heads", [("einsum", "GQA"), ("pallas", "GQA"), slow_case("pallas", "MHA")])
+def test_gated_rows_are_added_to_the_values(impl, heads):
+    """gate * rows, the heads of a row side by side: attention of v + gate * rows, and the gradients of all five."""
+    (q, k, v, g), window = attention_case(impl, heads, 129)
+    (B, T, K, H), factor = v.shape, SCALES[heads]
+    rng = np.random.default_rng(5)
+    gate, rows = np.float32(rng.uniform(0, 3, (B, T, K))), np.float32(rng.normal(size=(B, T, K * H)))
+    values = v + np.float64(gate)[..., None] * rows.reshape(v.shape)
+    want, (dq, dk, dv) = raw_attention_reference(q, k, values, window, BASE, g, factor / math.sqrt(H))
+    d_rows, d_gate = (np.float64(gate)[..., None] * dv).reshape(rows.shape), (dv * rows.reshape(v.shape)).sum(-1)
+    config = SimpleNamespace(attn_impl=impl, windows=(window,), score_scale=factor / math.sqrt(H))
+
+    def weighted(q, k, v, gate, rows):
+        out, _ = train.attend(config, 0, rope_of(T, H), 0, None, q, k, v, (gate, rows))
+        return (out * g).sum(), out
+
+    grads, out = jax.jit(jax.grad(weighted, (0, 1, 2, 3, 4), has_aux=True))(q, k, v, gate, rows)
+    assert distance(out, want) < 2e-6
+    for grad, want_grad in zip(grads, (dq, dk, dv, d_gate, d_rows), strict=True):
+        np.testing.assert_allclose(grad, want_grad, rtol=0, atol=5e-6 * np.abs(want_grad).max())
 
 
 @pytest.mark.parametrize("window, share", [(2048, 36 / 64), (1024, 0.4685), (100, 0.1673)])

@@ -18,6 +18,7 @@ from onechip.estimate import (
 )
 
 train = importlib.import_module("02_train")
+speed = importlib.import_module("05_speedrun")
 
 TINY = train.Config(
     n_head=6, n_kv_head=2, head_dim=14, aspect_ratio=42, vocab_size=31, seq_len=18, attn_impl="einsum", dtype="float32",
@@ -135,6 +136,14 @@ def test_kernel_cycles_follow_the_tiles_that_a_window_leaves():
     assert kernel_cycles(dataclasses.replace(config, attn_impl="einsum"), 5) == 0
     unknown = train.Config(n_head=2, head_dim=384, aspect_ratio=384, seq_len=512)
     assert kernel_cycles(unknown, 5) is None
+
+
+def test_kernels_that_add_to_the_values_take_longer():
+    """By four blocks in each layer that has value embeddings: of three layers the first and the last."""
+    fields = {"depth": 3, "n_embd": 256, "total_batch_size": 2, "num_iterations": 1}
+    gated, plain = (speed.Config(**fields, value_embeds=on) for on in (True, False))
+    assert gated.gated_layers == (True, False, True) and plain.gated_layers == (False,) * 3
+    assert kernel_cycles(gated, 5) - kernel_cycles(plain, 5) == 5 * 2 * 2 * 4 * (35 + 115)
 
 
 def test_a_device_runs_the_kernels_of_its_own_share_of_the_batch():

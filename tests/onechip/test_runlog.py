@@ -256,6 +256,10 @@ def test_the_bar_shows_speed_without_the_pauses(open_log, tmp_path, monkeypatch)
     advance(22, 11, 0.25)
     assert shown[-1]["tok/s"] == f"{10 * 1000 / (11 * 0.25):,.0f}" and shown[-1]["val"] == "3 bpb"
     assert log._bar.n == 31 and log._bar.total == 60
+    log.set_pace(300, 6000.0)  # a stage of smaller batches, the pending step of the last one included before it
+    assert log._bar.n == 32
+    advance(33, 11, 0.1)
+    assert shown[-1]["tok/s"] == f"{10 * 300 / (11 * 0.1):,.0f}" and shown[-1]["MFU"] == "45.5%"
 
 
 @pytest.mark.parametrize("encoding, line", [("utf-8", "upload: naïve\n"), ("ascii", "upload: na\\xefve\n")])
