@@ -259,6 +259,7 @@ class Config(train.TrainConfig):
     embed_dtype: str = setting(
         "float32", "how embeddings and their moments are stored", fixed=True, choices=("bfloat16", "float32")
     )
+    save_minutes: float = change_default(train.TrainConfig, "save_minutes", 30.0)
     rope_base: float = change_default(train.TrainConfig, "rope_base", 100_000.0)
     grad_clip: float = change_default(train.TrainConfig, "grad_clip", 0.0)
     warmup_steps: int = change_default(train.TrainConfig, "warmup_steps", 40)
@@ -352,8 +353,14 @@ def window_flops(config):
     return 6 * (config.scaling_params + smear) + 12 * config.n_embd * keys
 
 
+FINEWEB_328 = {
+    "data": "fineweb10b", "vocab_size": 50257, "depth": 12, "value_embeds": False, "seq_len": 1024,
+    "device_batch_size": 4, "total_batch_size": 512, "num_iterations": 4000, "stages": "600:256x512 1200:256x1024",
+    "eval_tokens": 20 * 2**19, "embed_dtype": "bfloat16",
+}  # fmt: skip
 PRESETS = {
     "chip": {"embed_dtype": "bfloat16"},
+    "3.28": FINEWEB_328,
     "gpu": train.PRESETS["gpu"] | {"embed_dtype": "bfloat16"},
     "laptop": {name: value for name, value in train.PRESETS["laptop"].items() if name != "n_head"} | {"depth": 4},
 }

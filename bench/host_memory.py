@@ -23,7 +23,8 @@ import numpy as np
 from onechip.checkpoints import pack_state
 from onechip.doors import config_with
 from onechip.machine import home
-from onechip.writer import CheckpointWriter, bytes_of, pause_seconds
+from onechip.weights import bytes_of
+from onechip.writer import CheckpointWriter, pause_seconds
 
 train = importlib.import_module("02_train")
 tok = train.tok

@@ -4,6 +4,7 @@
     uv run bench/learning.py recipe no-smear --seeds 1 2 3     named variants; --list says what there is
     uv run bench/learning.py --depth 3 --steps 1200 recipe     another size or length
     uv run bench/learning.py recipe --name mine --set matrix_lr=0.03    any field of the Config
+    uv run bench/learning.py recipe --steps 375 --name staged --set 'stages="150:4x256"'    tokens of 300
     uv run bench/learning.py --v6e recipe no-smear             estimated time of a v6e step at depth 12, compiled
     uv run bench/learning.py --show                            only the tables and the picture of what is in --out
 
@@ -149,7 +150,7 @@ def learn(variant, config, corpus, tokenizer, every, decays=()):
     mesh = train.make_mesh()
     task = train.pretraining(config, corpus, tokenizer)
     state = train.init_state(config, mesh, variant.model, variant.optimizer)
-    step = train.make_train_step(config, mesh, variant.model, variant.optimizer, task.loss)
+    step = train.make_steps(config, mesh, variant.model, variant.optimizer, task)
     score, start = task.score(config, variant.model, mesh), time.perf_counter()
     averages = {decay: jax.tree.map(jnp.copy, state["params"]) for decay in decays}
     blend = jax.jit(lambda a, p, d: jax.tree.map(lambda a, p: d * a + (1 - d) * p, a, p), donate_argnums=0)

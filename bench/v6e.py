@@ -1,7 +1,9 @@
 """What the v6e compiler reports about 02's step, next to the plain design it started from. No TPU is needed or used.
 
-    uv run bench/v6e.py                     all measures, one table: about 15 programs of up to 16 layers
+    uv run bench/v6e.py                     all measures, one table: some 25 programs of up to 24 layers
     uv run bench/v6e.py time memory         some of them: time, memory, batch, family
+    uv run bench/v6e.py depth12 depth24     05's whole step, without its value embeddings, and with AdamW for Muon
+    uv run bench/v6e.py target              05's preset 3.28: chip-minutes to its last step, next to a published run's
     uv run bench/v6e.py micro               estimates for 1, 2, 4, 8 and 16 sequences a microbatch, 64 in all
     uv run bench/v6e.py micro 04_maxtext n_layer=8    the same for 04's model, with other settings
 
@@ -25,9 +27,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from onechip.chips import GIB, memory_limit, topology_devices
+from onechip.doors import config_with
 from onechip.fit import compare_microbatches, largest_that_fits, measure, peak_rate
 from onechip.fitreport import describe_time
 from onechip.settings import boolean
+from onechip.stages import stages_of
 from onechip.weights import cast_weights
 
 DEFAULT = train.Config(device_batch_size=4)
@@ -170,6 +174,47 @@ def measure_family(mesh):
     yield "8 layers, 4 x 256 heads, 1 KV, SwiGLU", "ms a step", TPUCHAT_ESTIMATED_MS, 1e3 * fit.step_seconds
 
 
+def speedrun_config(optimizer, preset="chip", **fields):
+    """05's Config with an optimizer's settings."""
+    speedrun = importlib.import_module("05_speedrun")
+    config_class = config_with(speedrun.Config, optimizer.settings)
+    own = {name: value for name, value in speedrun.PRESETS[preset].items() if name != "data"}
+    return config_class(**{**own, **fields})
+
+
+def measure_depth(depth, mesh, **fields):
+    """05 at a depth: each row has the step with something less or simpler, and then the whole one."""
+    speedrun = importlib.import_module("05_speedrun")
+
+    def fit_of(optimizer=speedrun.MUON, **changes):
+        config = speedrun_config(optimizer, depth=depth, **fields, **changes)
+        fit = measure(train.workload(mesh, speedrun.NANOCHAT, optimizer), config)
+        where = f"depth {depth}, {config.total_batch_size} x {config.seq_len}"
+        print(f"  {where}, {changes or optimizer.name}: {fit.peak_bytes / GIB:.2f} GiB, {fit.compile_seconds:.0f} s to "
+              f"compile, {describe_time(config, fit, peak_rate(train.workload(mesh, speedrun.NANOCHAT), config))}",
+              flush=True)  # fmt: skip
+        return nanoseconds_per_token(config, fit)
+
+    whole = fit_of()
+    yield f"depth {depth}: no value embeddings, all", "ns a token", fit_of(value_embeds=False), whole
+    yield f"depth {depth}: AdamW, Muon", "ns a token", fit_of(train.ADAMW), whole
+
+
+PUBLISHED_MINUTES = 80  # chip-minutes to a loss of 3.28 on FineWeb in modded-nanogpt-jax, on a v6e-8, as published
+
+
+def measure_target(mesh):
+    """Chip-minutes of 05's preset 3.28, all its stages."""
+    speedrun = importlib.import_module("05_speedrun")
+    config, minutes, start = speedrun_config(speedrun.MUON, "3.28"), 0.0, 0
+    for end, stage in stages_of(config):
+        fit = measure(train.workload(mesh, speedrun.NANOCHAT, speedrun.MUON), stage)
+        minutes, start = minutes + fit.step_seconds * (end - start) / 60, end
+        batch = f"{stage.total_batch_size} x {stage.seq_len}"
+        print(f"  to step {end}, {batch}: {1e3 * fit.step_seconds:.1f} ms a step", flush=True)
+    yield "FineWeb to 3.28", "chip-minutes", PUBLISHED_MINUTES, minutes
+
+
 def print_microbatches(mesh, name="02_train", *changes):
     """A row per microbatch: what accumulating costs and saves."""
     module = importlib.import_module(name)
@@ -183,7 +228,11 @@ def print_microbatches(mesh, name="02_train", *changes):
               f"compiled in {fit.compile_seconds:.0f} s", flush=True)  # fmt: skip
 
 
-MEASURES = {"time": measure_time, "memory": measure_memory, "batch": measure_batch, "family": measure_family}
+MEASURES = {
+    "time": measure_time, "memory": measure_memory, "batch": measure_batch, "family": measure_family,
+    "depth12": functools.partial(measure_depth, 12),
+    "depth24": functools.partial(measure_depth, 24, device_batch_size=1, ratio=8.0), "target": measure_target,
+}  # fmt: skip
 
 
 def main(names):

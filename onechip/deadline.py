@@ -3,7 +3,8 @@
 import time
 
 from onechip.machine import process_age
-from onechip.writer import DISK_SPEED, bytes_of, pause_seconds
+from onechip.weights import bytes_of
+from onechip.writer import DISK_SPEED, pause_seconds
 
 UPLOAD_SPEED = 30e6  # bytes/s to the Hub, where no upload has been measured yet
 SLACK = 120.0  # seconds for the step in hand and what follows training

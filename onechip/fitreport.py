@@ -4,6 +4,7 @@ import math
 
 from onechip.chips import GIB
 from onechip.stages import count_tokens, stages_of
+from onechip.writer import DISK_SPEED, pause_seconds
 
 COLAB_HOURS = 23.0  # of a session, which ends after 24 at the latest
 
@@ -14,13 +15,16 @@ def gib(size):
 
 
 def describe(config, fit, peak):
-    """A Fit in three or four lines; peak: tokens/s as peak_rate returns it, for MFU."""
+    """A Fit in four or five lines; peak: tokens/s as peak_rate returns it, for MFU."""
     limit = f" of {fit.limit_bytes / GIB:.4g}" if fit.limit_bytes else ""
     parts = ", ".join(f"{what} {gib(size)}" for what, size in fit.parts.items())
     moved = f", {fit.bytes_per_token / 1e6:.1f} MB moved" if fit.bytes_per_token else ""
+    state = fit.parts["parameters"] + fit.parts["optimizer"]
+    pause = f"training pauses {pause_seconds(state):.0f} s for it on a disk of {DISK_SPEED / 1e6:.0f} MB/s"
     lines = [
         f"step compiled for {fit.where} in {fit.compile_seconds:.0f} s",
         f"  memory {gib(fit.peak_bytes)}{limit} GiB: {parts}",
+        f"  a checkpoint has {state / 1e9:.3g} GB; {pause}",
         f"  work a token: {fit.flops_per_token / 1e9:.3g} GFLOP{moved}",
     ]
     if fit.step_seconds:

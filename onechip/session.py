@@ -23,8 +23,8 @@ from onechip.profile import ProfileWindow
 from onechip.resume import bring_back, compare_with_checkpoint
 from onechip.runfolder import ABOUT, METRICS, RunFolder, checkpoint_name
 from onechip.runlog import RunLog
-from onechip.weights import all_finite
-from onechip.writer import CHECKPOINTS, CheckpointWriter, bytes_of
+from onechip.weights import all_finite, bytes_of
+from onechip.writer import CHECKPOINTS, CheckpointWriter
 
 LONG_PAUSE = 5.0  # seconds that training waits for a checkpoint, from which on it is said
 

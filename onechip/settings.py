@@ -192,7 +192,7 @@ def peek(name, overrides=""):
 class Run:
     """What to run, on which data, and where to leave it."""
 
-    preset: str = setting("", "chip, gpu or laptop; empty: by the device")
+    preset: str = setting("", "chip, gpu, laptop, or another one of the notebook; empty: by the device")
     optimizer: str = setting("", "adamw or muon; empty: the notebook's own")
     data: str = setting("", "offline, fineweb, climbmix, fineweb10b or a folder of shards; empty: as suits the preset")
     num_shards: int = setting(0, "shards to train on, 50M tokens each (fineweb10b: 100M); 0: as needed", at_least=0)
@@ -251,8 +251,9 @@ def settle(run, config_class, presets, fields):
     device = jax.local_devices()[0]
     preset, because = pick_preset(run, device.platform)
     require(preset in presets, "preset", preset, f"use one of {', '.join(presets)}")
-    config = config_class(**{**presets[preset], **fields})
-    data = run.data or ("offline" if preset == "laptop" else "fineweb")
+    own = {**presets[preset]}
+    preset_data = own.pop("data", "offline" if preset == "laptop" else "fineweb")
+    data, config = run.data or preset_data, config_class(**{**own, **fields})
     packed = getattr(config, "packing", "stream") == "best-fit"  # not every config has a choice
     tokens, most = OTHER_SHARDS.get(data, (TOKENS_A_SHARD, MOST_SHARDS))
     used = tokens * (PACKED if packed else 1.0)

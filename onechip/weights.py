@@ -118,7 +118,7 @@ def all_finite(tree):
 
 def bytes_of(tree):
     """Bytes of all arrays, or jax.ShapeDtypeStructs, of a pytree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def count_by_kind(config, table):

@@ -1,12 +1,9 @@
 """Checkpoints written in a thread next to training, through a buffer of bounded size."""
 
 import contextlib
-import math
 import shutil
 import threading
 from pathlib import Path
-
-import jax
 
 from onechip.checkpoints import arrays_in, write_checkpoint
 from onechip.disk import Disk
@@ -17,11 +14,6 @@ from onechip.statefile import BUFFER, Abandoned, HostBuffer
 CHECKPOINTS = "checkpoints"  # what Disk calls them
 DISK_SPEED = 250e6  # bytes/s that are hashed and written, to be expected of a cloud machine's disk
 COPY_SPEED = 2e9  # bytes/s from a device to the host
-
-
-def bytes_of(state):
-    """Bytes of a state, a pytree of arrays or of their shapes."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def pause_seconds(size, disk_speed=DISK_SPEED):

@@ -100,8 +100,8 @@ def toy_work(peak_of, *, limit=None, kind="TPU v6 lite", devices=1, seconds_of=N
 # One step
 
 
-def test_a_fit_is_described_in_four_lines_and_a_run_in_one():
-    """Where and how long, memory by part, work, the compiler's estimate of time; what a run is of Colab's days."""
+def test_a_fit_is_described_in_five_lines_and_a_run_in_one():
+    """Where and how long, memory by part, a checkpoint, work, estimated time; what a run is of Colab's days."""
     work, _ = toy_work(lambda config: 3 * GIB, seconds_of=lambda config: 0.002, params_of=lambda config: GIB // 8)
     fit = measure(work, Toy())
     assert fit.fits
@@ -111,6 +111,7 @@ def test_a_fit_is_described_in_four_lines_and_a_run_in_one():
     assert re.fullmatch(r"step compiled for 1 x TPU v6 lite in \d+ s", first)
     assert rest == [
         "  memory 3 of 31.25 GiB: parameters 0.5, optimizer 1, gradients 0.5, logits 3.81e-06, activations 1",
+        "  a checkpoint has 1.61 GB; training pauses 1 s for it on a disk of 250 MB/s",
         "  work a token: 2 GFLOP, 3.0 MB moved",
         "  compiler's estimate: 2.0 ms a step, 384 thousand tok/s, MFU 83.7%, 3 GiB",
     ]
@@ -122,7 +123,7 @@ def test_a_fit_is_described_in_four_lines_and_a_run_in_one():
     unknown, _ = toy_work(lambda config: 3 * GIB, kind="TPU v4")
     fit = measure(unknown, Toy())
     assert fit.fits and peak_rate(unknown, Toy()) == 275e12 / 2e9
-    assert len(describe(Toy(), fit, None).splitlines()) == 3 and describe_run(Toy(), [fit], [None]) == []
+    assert len(describe(Toy(), fit, None).splitlines()) == 4 and describe_run(Toy(), [fit], [None]) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------
