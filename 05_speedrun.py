@@ -353,6 +353,13 @@ def window_flops(config):
     return 6 * (config.scaling_params + smear) + 12 * config.n_embd * keys
 
 
+# GPT-2's quality by nanochat's figures: depth 24, 8 tokens a parameter of its N.
+DAY = {
+    "data": "climbmix", "packing": "best-fit", "depth": 24, "ratio": 8.0, "device_batch_size": 1,
+    "embed_dtype": "bfloat16",
+}  # fmt: skip
+# modded-nanogpt's target, a loss of 3.28 on FineWeb: its data, held-out tokens, width and depth, and as many tokens as
+# the 3,250 steps of 524,288 that Muon takes in its comparison of optimizers, the first of them in smaller batches.
 FINEWEB_328 = {
     "data": "fineweb10b", "vocab_size": 50257, "depth": 12, "value_embeds": False, "seq_len": 1024,
     "device_batch_size": 4, "total_batch_size": 512, "num_iterations": 4000, "stages": "600:256x512 1200:256x1024",
@@ -360,6 +367,7 @@ FINEWEB_328 = {
 }  # fmt: skip
 PRESETS = {
     "chip": {"embed_dtype": "bfloat16"},
+    "day": DAY,
     "3.28": FINEWEB_328,
     "gpu": train.PRESETS["gpu"] | {"embed_dtype": "bfloat16"},
     "laptop": {name: value for name, value in train.PRESETS["laptop"].items() if name != "n_head"} | {"depth": 4},
