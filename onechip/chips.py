@@ -12,16 +12,21 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """peak_flops: dense bfloat16 FLOP/s; memory: bytes that a program may use; clock: Hz, where times are estimated."""
+    """peak_flops: dense bfloat16 FLOP/s; memory: bytes that a program may use; clock: Hz, where times are estimated.
+
+    links: bytes/s that it sends to its neighbours, along both axes of a slice that has no wrap-around, which halves
+    what is published (scaling book: 180e9 an axis of a v6e, 90e9 of a v5e, both ways, with it).
+    """
 
     peak_flops: float
     memory: int | None = None
     clock: float | None = None
+    links: float | None = None
 
 
 CHIPS = {  # by jax's device_kind; sources: cloud.google.com/tpu/docs and NVIDIA's data sheets, memory as XLA reports it
-    "TPU v6 lite": Chip(918e12, int(31.25 * GIB), 1.75e9),
-    "TPU v5 lite": Chip(197e12, int(15.75 * GIB), 1.5e9),
+    "TPU v6 lite": Chip(918e12, int(31.25 * GIB), 1.75e9, 180e9),
+    "TPU v5 lite": Chip(197e12, int(15.75 * GIB), 1.5e9, 90e9),
     "TPU v4": Chip(275e12),
     "NVIDIA A100-SXM4-40GB": Chip(312e12),
     "NVIDIA A100-SXM4-80GB": Chip(312e12),

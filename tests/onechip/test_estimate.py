@@ -12,6 +12,7 @@ from onechip.estimate import (
     kernel_cycles,
     least_bytes,
     memory_parts,
+    reduced_bytes,
     row_cycles,
     step_seconds,
     xla_cycles,
@@ -123,6 +124,24 @@ def test_lookups_and_row_sums_are_counted_by_their_bundles():
     assert row_cycles('  %k.1 = f32[8] custom-call(%p), custom_call_target="tpu_custom_call"') == 0
     lines = HLO.replace("  %k.1", add + "\n" + gather + "\n  %k.1")
     assert xla_cycles(lines) == xla_cycles(HLO) + row_cycles(gather) + row_cycles(add)
+
+
+def test_sums_over_devices_take_what_the_links_need():
+    """Bytes of every array that is summed, in loops too; each device sends 7 of 8 parts twice; one device sends none."""
+    sums = (
+        "  %all-reduce.5 = (f32[6,10]{1,0:T(8,128)}, bf16[7]{0}, /*index=2*/f32[]) all-reduce(%a, %b, %c), channel_id=1"
+    )
+    started = "  %s.1 = f32[20]{0} all-reduce-start(%a), channel_id=2\n  %e.1 = f32[20]{0} all-reduce-done(%s.1)"
+    hlo = HLO.replace("  %k.1", sums + "\n  %k.1").replace("  %b.1", started + "\n  %b.1")
+    assert reduced_bytes(HLO) == 0 and reduced_bytes(hlo) == 4 * 61 + 2 * 7 + 16 * 80
+    config, compiled = train.Config(total_batch_size=64), SimpleNamespace(as_text=lambda: hlo)
+    seconds = {}
+    for devices in (1, 8):
+        device = SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+        mesh = SimpleNamespace(size=devices, devices=np.array([device] * devices))
+        alone = step_seconds(config, SimpleNamespace(as_text=lambda: HLO), mesh)
+        seconds[devices] = step_seconds(config, compiled, mesh) - alone
+    assert seconds[1] == 0 and seconds[8] == pytest.approx(2 * 7 / 8 * reduced_bytes(hlo) / 180e9)
 
 
 def test_kernel_cycles_follow_the_tiles_that_a_window_leaves():
