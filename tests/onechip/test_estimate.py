@@ -127,7 +127,7 @@ def test_lookups_and_row_sums_are_counted_by_their_bundles():
 
 
 def test_sums_over_devices_take_what_the_links_need():
-    """Bytes of all that is summed, in loops too; each of eight devices sends 7 of 8 parts twice; one alone sends none."""
+    """Bytes of all that is summed, in loops too; of eight devices each sends 7 of 8 parts twice, a single one none."""
     sums = (
         "  %all-reduce.5 = (f32[6,10]{1,0:T(8,128)}, bf16[7]{0}, /*index=2*/f32[]) all-reduce(%a, %b, %c), channel_id=1"
     )
