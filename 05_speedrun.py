@@ -444,7 +444,9 @@ def nanochat_embed(config, params, tokens, before):
 def gated_values(layer, tokens, x):
     """What value embeddings add to a layer's values: a gate (B, T, K) for each head, from its normed input x (B, T, D),
     and rows (B, T, W)."""
-    gate = 3 * jax.nn.sigmoid((x[..., :GATE_INPUTS] @ layer["value_gate"]).astype(jnp.float32))
+    # All of x times a matrix that is zero but for these rows: a slice of x would have to be written down first.
+    weights = jnp.pad(layer["value_gate"], ((0, x.shape[-1] - GATE_INPUTS), (0, 0)))
+    gate = 3 * jax.nn.sigmoid((x @ weights).astype(jnp.float32))
     return gate, lookup(layer["value_embeds"], tokens)
 
 

@@ -33,14 +33,15 @@ def distinct(ids):
     return jnp.sort(jnp.where(first, ids, last), axis=1), jnp.sum(first, axis=1, dtype=jnp.int32)
 
 
-def add_block(unique_ids, counts, unique_ref, ids_ref, rows_ref, _, sums, kept, done):
-    """Adds a block of gradients rows_ref (block, C) to sums (V, S, 128) in HBM.
+def add_block(unique_ids, counts, unique_ref, ids_ref, *refs):
+    """Adds a block of gradients, an array (block, S_i * 128) for each embedding, to sums (V, S, 128) in HBM.
 
     unique_ids (blocks * block), counts (blocks): as `distinct` gives them, in scalar memory; unique_ref (block, 1) and
     ids_ref (1, block): the same block's, and its tokens; kept (block, S, 128): the sums of the distinct tokens.
     A product with a matrix of zeros and ones adds what belongs together: exact, in float32.
     """
-    block, S = kept.shape[:2]
+    *rows_refs, _, sums, kept, done = refs
+    block = kept.shape[0]
     number, start = counts[pl.program_id(0)], pl.program_id(0) * block
     fetch = lambda i: pltpu.make_async_copy(sums.at[unique_ids[start + i]], kept.at[i], done)
     store = lambda i: pltpu.make_async_copy(kept.at[i], sums.at[unique_ids[start + i]], done)
@@ -49,20 +50,26 @@ def add_block(unique_ids, counts, unique_ref, ids_ref, rows_ref, _, sums, kept, 
         jax.lax.fori_loop(0, number, lambda i, _: act(i), None)
 
     for_each(lambda i: fetch(i).start())
-    same = (unique_ref[...] == ids_ref[...]).astype(rows_ref.dtype)
+    dtype, line = rows_refs[0].dtype, 0
+    same = (unique_ref[...] == ids_ref[...]).astype(dtype)
     for_each(lambda i: fetch(i).wait())
-    precision = "highest" if rows_ref.dtype == jnp.float32 else None
-    for s in range(0, S, 2):  # a matrix unit is 256 wide
-        part = rows_ref[:, s * LANES : (s + 2) * LANES]
-        total = jnp.dot(same, part, precision=precision, preferred_element_type=jnp.float32)
-        for k in range(total.shape[1] // LANES):
-            kept[:, s + k, :] += total[:, k * LANES : (k + 1) * LANES]
+    precision = "highest" if dtype == jnp.float32 else None
+    for rows_ref in rows_refs:
+        for channel in range(0, rows_ref.shape[1], 2 * LANES):  # a matrix unit is 256 wide
+            part = rows_ref[:, channel : channel + 2 * LANES]
+            total = jnp.dot(same, part, precision=precision, preferred_element_type=jnp.float32)
+            for k in range(total.shape[1] // LANES):
+                kept[:, line, :] += total[:, k * LANES : (k + 1) * LANES]
+                line += 1
     for_each(lambda i: store(i).start())
     for_each(lambda i: store(i).wait())
 
 
 def add_by_kernel(block, sums, ids, rows):
-    """sums (V, S, 128) float32 with rows (R, S * 128) added at ids (R,), `block` of them at a time."""
+    """sums (V, S, 128) float32 with rows added at ids (R,), `block` of them at a time.
+
+    rows: a list of arrays (R, S_i * 128) of one dtype, each a part of the S lines.
+    """
     blocks, S = ids.size // block, sums.shape[1]
     ids = ids.reshape(blocks, block)
     unique, counts = distinct(ids)
@@ -72,7 +79,7 @@ def add_by_kernel(block, sums, ids, rows):
         in_specs=[
             pl.BlockSpec((None, block, 1), lambda b, *_: (b, 0, 0)),
             pl.BlockSpec((None, 1, block), lambda b, *_: (b, 0, 0)),
-            pl.BlockSpec((block, S * LANES), lambda b, *_: (b, 0)),
+            *[pl.BlockSpec((block, part.shape[1]), lambda b, *_: (b, 0)) for part in rows],
             in_hbm,
         ],
         out_specs=in_hbm,
@@ -81,11 +88,12 @@ def add_by_kernel(block, sums, ids, rows):
 
     def run(interpret, *args):
         return pl.pallas_call(
-            add_block, name="add_rows", grid_spec=grid, interpret=interpret, input_output_aliases={5: 0},
+            add_block, name="add_rows", grid_spec=grid, interpret=interpret,
+            input_output_aliases={len(rows) + 4: 0},
             out_shape=jax.ShapeDtypeStruct(sums.shape, sums.dtype),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("arbitrary",), vmem_limit_bytes=2 * VMEM_BYTES, has_side_effects=True
             ),
         )(*args)  # fmt: skip
 
-    return interpreted_off_tpu(run, unique.reshape(-1), counts, unique[:, :, None], ids[:, None, :], rows, sums)
+    return interpreted_off_tpu(run, unique.reshape(-1), counts, unique[:, :, None], ids[:, None, :], *rows, sums)

@@ -48,6 +48,7 @@ class Embeddings:
         self.tables = [part for taken, part in parts if taken]
         self.others = self.treedef.unflatten([None if taken else part for taken, part in parts])
         self.widths = [math.prod(table.shape[1:]) for table in self.tables]
+        self.lines = [-(-width // 128) for width in self.widths]  # of 128 channels, the last of them filled up
         flat = [table.reshape(len(table), -1) for table in self.tables]
         self.wide = jnp.concatenate(flat, axis=1) if flat else None  # (V, C): all channels of a token side by side
 
@@ -68,8 +69,7 @@ class Embeddings:
 
     def no_sums(self):
         """Zero sums for `add`: float32 (V, S, 128), all embeddings' side by side; None if there are none."""
-        lines = -(-sum(self.widths) // 128)
-        return jnp.zeros((len(self.wide), lines, 128), jnp.float32) if self.tables else None
+        return jnp.zeros((len(self.wide), sum(self.lines), 128), jnp.float32) if self.tables else None
 
     def add(self, sums, tokens, grads, kernel=False):
         """The sums (V, S, 128) with the gradients of tokens added, a list of Rows.
@@ -79,18 +79,26 @@ class Embeddings:
         if not grads:
             return sums
         ids = tokens.reshape(-1)
-        rows = jnp.concatenate([g.rows.reshape(ids.size, -1) for g in grads], axis=1)
-        rows = jnp.pad(rows, ((0, 0), (0, sums[0].size - rows.shape[1])))
+        pad = lambda rows, lines: jnp.pad(rows, ((0, 0), (0, 128 * lines - rows.shape[1])))
+        rows = [pad(g.rows.reshape(ids.size, -1), lines) for g, lines in zip(grads, self.lines, strict=True)]
         if kernel:
             from onechip.row_kernel import add_by_kernel, block_rows  # here, as Pallas takes 0.3 s to import
 
-            if block := block_rows(ids.size, sums.shape[1], rows.dtype.itemsize):
+            if block := block_rows(ids.size, sums.shape[1], rows[0].dtype.itemsize):
                 return add_by_kernel(block, sums, ids, rows)
-        return sums.at[ids].add(rows.reshape(ids.size, -1, 128).astype(jnp.float32))
+        wide = jnp.concatenate(rows, axis=1)
+        return sums.at[ids].add(wide.reshape(ids.size, -1, 128).astype(jnp.float32))
 
     def gradients(self, sums):
         """The sums as one float32 array for each embedding, in its shape."""
-        return self.apart(sums.reshape(len(sums), -1)[:, : sum(self.widths)]) if self.tables else []
+        if not self.tables:
+            return []
+        pieces = jnp.split(sums, list(itertools.accumulate(self.lines))[:-1], axis=1)
+        cut = lambda piece, width: piece.reshape(len(sums), -1)[:, :width]
+        return [
+            cut(piece, width).reshape(table.shape)
+            for piece, width, table in zip(pieces, self.widths, self.tables, strict=True)
+        ]
 
     def gradients_of(self, tokens, grads):
         """`gradients` of one batch alone: each embedding's in an array of its own, which takes less memory."""

@@ -23,6 +23,7 @@ from reference_05 import nanochat_logits, scaling_params_reference
 from onechip import fit
 from onechip.doors import config_with
 from onechip.errors import UserError
+from onechip.stages import count_tokens, stages_of
 from onechip.weights import cast_weights, weight_shapes
 
 train = importlib.import_module("02_train")
@@ -545,6 +546,26 @@ def test_what_the_user_sets_wins_over_preset_and_dial(script):
     assert (config.depth, config.learning_rate, config.total_batch_size, config.n_embd) == (3, 2.0, 16, 320)
     _, config, _ = script(train.GPT, "--preset laptop --optimizer muon --learning_rate 3")
     assert config.learning_rate == 3
+
+
+def test_the_day_is_depth_24_on_packed_climbmix(script):
+    """5.84 billion tokens at 2^20 a step, embeddings stored in bfloat16, and shards for what packing leaves of them."""
+    run, config, _ = script(speedrun.NANOCHAT, "--preset day --preflight v6e:1x1", optimizer=speedrun.MUON)
+    assert (run.data, config.packing, config.embed_dtype, config.depth) == ("climbmix", "best-fit", "bfloat16", 24)
+    assert config.total_batch_size * config.seq_len == 2**20 and count_tokens(config) == pytest.approx(5.84e9, rel=2e-3)
+    assert run.num_shards * 30e6 >= count_tokens(config) > (run.num_shards - 1) * 30e6
+    assert script(speedrun.NANOCHAT, "--preset day --data offline", optimizer=speedrun.MUON)[0].data == "offline"
+
+
+def test_the_preset_for_328_has_the_published_size_and_tokens(script):
+    """124M parameters without lm_head, GPT-2's vocabulary, the tokens of 3,250 steps of 524,288, in three stages."""
+    run, config, _ = script(speedrun.NANOCHAT, "--preset 3.28 --preflight v6e:1x1", optimizer=speedrun.MUON)
+    counts = train.count_params(config, speedrun.NANOCHAT)
+    assert counts["total"] - counts["lm_head"] == pytest.approx(124e6, rel=5e-3)
+    assert (run.data, config.vocab_size, config.seq_len) == ("fineweb10b", 50257, 1024)
+    assert count_tokens(config) == 3250 * 2**19 and run.num_shards == 18
+    stages = [(c.total_batch_size, c.seq_len, c.device_batch_size * c.seq_len) for _, c in stages_of(config)]
+    assert stages == [(256, 512, 4096), (256, 1024, 4096), (512, 1024, 4096)]
 
 
 def test_a_wrong_optimizer_or_anothers_setting_is_refused(script):
