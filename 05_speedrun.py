@@ -27,7 +27,8 @@
 # | where | model | time | memory | cost |
 # |---|---|---|---|---|
 # | laptop, two cores, no network | depth 4: 11M parameters, Python's own sources | 2 minutes | under 2 GB | nothing |
-# | Colab, TPU v6e | depth 12: 286M parameters, FineWeb-Edu | an hour by estimate | under 31.25 GiB | compute units |
+# | Colab, TPU v6e | depth 12: 286M parameters, FineWeb-Edu | 40 minutes by estimate | 5 of 31.25 GiB | compute units |
+# | the same, `--preset day` | depth 24: 1.38B parameters, ClimbMix | 15 h by estimate | 20 of 31.25 GiB | a Colab day |
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
@@ -389,7 +390,8 @@ if LOOK:
 #
 # - **Value embeddings**: every other layer has a second embedding, of the width of its values, added to them in an
 #   amount that a gate decides for each head (modded-nanogpt; after *Value Residual Learning*, Zhou et al., 2024). They
-#   are most of the parameters and cost no FLOPs: at depth 12, 151M of them against 85M in the blocks.
+#   are most of the parameters and cost no FLOPs: at depth 12, 151M of them against 85M in the blocks. On a chip they
+#   are stored in bfloat16, as nanochat's are, and so are their moments.
 # - **Smear**: a gate mixes the previous token's embedding into each token's, so that the first layer sees pairs of
 #   tokens. It starts at nothing.
 # - **Backout**: a fifth of the middle layer's stream is subtracted before the head: what that layer knew, the next
@@ -724,6 +726,10 @@ if LOOK:
 # As in 02: `OVERRIDES` or the command line, one run per set of settings, resumed when it is started again. The laptop
 # preset is depth 4 with heads of 64 and steps of 2,048 tokens, a 64th of what the dial would take. Rates that follow
 # the square root of the batch are too low there by a factor of about eight.
+#
+# - `--preset day --session_hours 23` is what this notebook is for: depth 24 on 5.84 billion tokens of ClimbMix, GPT-2's
+#   quality by nanochat's figures, in 15 hours of one v6e by estimate (docs/day.md).
+# - `--preset 3.28` is modded-nanogpt's target on FineWeb, in stages of growing batches, 48 minutes by estimate.
 
 # %%
 
@@ -750,7 +756,7 @@ def describe_dial(config, weights):
 
 
 # %%
-OVERRIDES = ""  # @param ["", "--preset laptop", "--depth 8"] {allow-input: true}
+OVERRIDES = ""  # @param ["", "--preset laptop", "--depth 8", "--preset day --session_hours 23"] {allow-input: true}
 
 if __name__ == "__main__":
     prepare()
