@@ -277,7 +277,8 @@ METRIC = "val_bpb"
 
 def trial_presets(model, optimizer):
     """{preset: fields} of a short run."""
-    return {name: fields | SHORT[name] for name, fields in train.presets_of(model, optimizer).items()}
+    presets = train.presets_of(model, optimizer)
+    return {name: presets[name] | short for name, short in SHORT.items()}
 
 
 ORIGIN = ("commit", "data", "data_name", "data_revision", "num_shards", "budget", "budget_size", "evaluations")
