@@ -37,7 +37,7 @@ from onechip.check_report import (
 from onechip.check_sizes import Sizes
 from onechip.check_time import machine_tasks, step_tasks, training_tasks
 from onechip.chips import GIB, memory_limit
-from onechip.errors import SafeStream, first_line, require, say
+from onechip.errors import SafeStream, UserError, first_line, require, say
 from onechip.files import write_json
 from onechip.machine import deferred_interrupt, home
 
@@ -135,10 +135,10 @@ def describe_here(context):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "device": device.device_kind, "platform": device.platform, "count": context.mesh.size,
-        "memory GiB": round(limit / GIB, 2) if limit else "unknown",
+        "usable GiB": round(limit / GIB, 2) if limit else "unknown",
         "jax": jax.__version__, "jaxlib": version_of("jaxlib"), "libtpu": version_of("libtpu"),
         "python": platform.python_version(), "host cores": os.cpu_count(), "host memory GiB": round(memory / GIB, 1),
-        "disk free GiB": round(shutil.disk_usage(".").free / GIB, 1),
+        "disk free GiB": round(shutil.disk_usage(".").free / GIB, 1), "sizes": context.sizes.preset,
     }  # fmt: skip
 
 
@@ -211,16 +211,21 @@ def check_chip(given, sizes, only="", out="chip_check.json", clock=time.monotoni
 
     def leave():
         found = as_json(*finding(), datetime.date.today().isoformat())
-        write_json(out, found)
+        try:
+            write_json(out, found)
+        except OSError as error:
+            raise UserError(f"out={str(out)!r}: cannot be written ({error.strerror}); choose another --out") from None
         return found
 
-    with deferred_interrupt(raise_at_once=True), contextlib.suppress(KeyboardInterrupt):
-        run_parts(context, parts, budget, clock, leave)
-        if parts == list(PARTS) and not any(row.status == SKIPPED for row in context.rows):
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-    found = leave()
-    say(describe_check(*finding()))
+    leave()  # where that cannot be, five minutes are saved
+    with deferred_interrupt():  # an interrupt while the table is printed changes nothing; a second one ends it
+        with deferred_interrupt(raise_at_once=True), contextlib.suppress(KeyboardInterrupt):
+            run_parts(context, parts, budget, clock, leave)
+            if parts == list(PARTS) and not any(row.status == SKIPPED for row in context.rows):
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                marker.touch()
+        found = leave()
+        say(describe_check(*finding()))
     say(f"left in {out}: nothing in it is private; docs/chips/README.md says how to contribute it")
     return found
 

@@ -6,6 +6,7 @@ bfloat16 unless it is asked not to. What bfloat16 may differ from it by, check_e
 
 import functools
 import inspect
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -55,8 +56,9 @@ def in_float32(arrays):
 
 
 def value_and_grads(f, names, arrays, g):
-    """{"out", "d" + name} of f(**arrays), as NumPy float32, with the output gradient g; names: differentiated."""
-    out, back = jax.vjp(lambda *args: f(**arrays | dict(zip(names, args, strict=True))), *(arrays[n] for n in names))
+    """{"out", "d" + name} of f(arrays), with the output gradient g; names: differentiated."""
+    others = {name: a for name, a in arrays.items() if name not in names}
+    out, back = jax.vjp(lambda *args: f(dict(zip(names, args, strict=True)) | others), *(arrays[n] for n in names))
     return {"out": out, **dict(zip([f"d{name}" for name in names], back(g.astype(out.dtype)), strict=True))}
 
 
@@ -80,9 +82,10 @@ def attention_inputs(case):
     return arrays, arrays.pop("g")
 
 
-def attend(attention, rope, case, q, k, v, gate=None, rows=None):
+def attend(attention, rope, case, arrays):
     """An attention as a model calls it; an attention that takes `more` is given the gated rows, others their sum."""
-    args = rope, case.window, case.H**-0.5
+    args, (q, k, v) = (rope, case.window, case.H**-0.5), (arrays[name] for name in "qkv")
+    gate, rows = arrays.get("gate"), arrays.get("rows")
     if gate is not None and "more" in inspect.signature(attention).parameters:
         return attention(q, k, v, *args, more=(gate, rows))
     if gate is not None:
@@ -108,7 +111,9 @@ def compare_attention(name, attention, rope, case, wanted, runs):
     run, (arrays, g) = lower_attention(attention, rope, case), attention_inputs(case)
     errors = exact.judge(fetched(run(arrays, g)), wanted(), exact.attention_due())
     seconds = timed(lambda: run(arrays, g), runs).median
-    row = compared("attention", f"{name}: {case.words}", errors, {"attn_impl": name, "seconds": seconds})
+    row = compared(
+        "attention", f"{name}: {case.words}", errors, {"attn_impl": name, "case": case.words, "seconds": seconds}
+    )
     return row._replace(note=f"{row.note}; {1e3 * seconds:.3g} ms")
 
 
@@ -123,7 +128,7 @@ def attention_tasks(context):
             if case.gated and "more" not in inspect.signature(attention).parameters:
                 continue
             args = name, attention, rope, case, wanted, sizes.runs
-            about = {"attn_impl": name}
+            about = {"attn_impl": name, "case": case.words}
             yield Task(f"{name}: {case.words}", functools.partial(compare_attention, *args), about)
 
 
@@ -131,39 +136,59 @@ def attention_tasks(context):
 # The loss and the smaller pieces
 
 
+def lower_loss(losses, mean):
+    """A function of h (1, M, D) and lm_head (D, V) -> {"losses", "dh", "dhead"}, jitted; losses, mean: of the same."""
+
+    def found(h, head):
+        dh, dhead = jax.grad(mean, (0, 1))(h, head)
+        return {"losses": losses(h, head)[..., None], "dh": dh, "dhead": dhead}
+
+    return jax.jit(found)
+
+
+def sliced_loss(pieces, softcap, loss_slice, y):
+    """The loss in slices as lower_loss gives it, for targets y (1, M)."""
+    return lower_loss(
+        lambda h, head: pieces["losses"](softcap, loss_slice, h, head, y),
+        lambda h, head: pieces["loss"](softcap, loss_slice, h, head, y, None),
+    )
+
+
+def plain_loss_of(softcap, y):
+    """The same from logits all at once, by autodiff."""
+
+    def losses(h, head):
+        z = jnp.einsum("btd,dv->btv", h, head)
+        z = softcap * jnp.tanh(z / softcap) if softcap else z
+        return jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0]
+
+    return lower_loss(losses, lambda h, head: jnp.mean(losses(h, head)))
+
+
 def compare_loss(pieces, tokens, channels, vocabulary, loss_slice, softcap):
     """The Row of the loss in slices against logits all at once: each token's loss, and the mean's gradients."""
     arrays = in_bfloat16(8, h=(1, tokens, channels), head=(channels, vocabulary))
     arrays["head"] = (arrays["head"] * (3.0 * channels**-0.5)).astype(jnp.bfloat16)
     y = jnp.asarray(np.random.default_rng(9).integers(0, vocabulary, (1, tokens)), jnp.int32)
-
-    def plain(h, head):
-        z = jnp.einsum("btd,dv->btv", h, head)
-        z = softcap * jnp.tanh(z / softcap) if softcap else z
-        return jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0]
-
-    def of(losses, mean):
-        def found(h, head):
-            dh, dhead = jax.grad(mean, (0, 1))(h, head)
-            return {"losses": losses(h, head)[..., None], "dh": dh, "dhead": dhead}
-
-        return jax.jit(found)
-
     with jax.default_matmul_precision("highest"):
-        wanted = fetched(of(plain, lambda h, head: jnp.mean(plain(h, head)))(**in_float32(arrays)))
-    sliced = lambda name: lambda h, head, *mask: pieces[name](softcap, loss_slice, h, head, y, *mask)
-    found = fetched(of(sliced("losses"), lambda h, head: sliced("loss")(h, head, None))(**arrays))
+        wanted = fetched(plain_loss_of(softcap, y)(**in_float32(arrays)))
+    found = fetched(sliced_loss(pieces, softcap, loss_slice, y)(**arrays))
     errors = exact.judge(found, wanted, exact.loss_due(softcap))
     return compared("pieces", f"loss, {tokens} x {vocabulary}, softcap {softcap:g}", errors)
 
 
+def lower_elementwise(f):
+    """A function of x and an output gradient g -> {"out", "dx"}, jitted."""
+    return jax.jit(lambda x, g: value_and_grads(lambda arrays: f(arrays["x"]), ("x",), {"x": x}, g))
+
+
 def compare_elementwise(what, piece, plain, due, shape):
-    """The Row of a function of x (…, H), value and gradient, against a plain one in float32."""
+    """The Row of a function of x (..., H), value and gradient, against a plain one in float32."""
     arrays = in_bfloat16(10, x=shape, g=shape)
-    run = lambda f, a: fetched(jax.jit(lambda x, g: value_and_grads(f, ("x",), {"x": x}, g))(a["x"], a["g"]))
     with jax.default_matmul_precision("highest"):
-        wanted = run(plain, in_float32(arrays))
-    return compared("pieces", what, exact.judge(run(piece, arrays), wanted, due()))
+        wanted = fetched(lower_elementwise(plain)(**in_float32(arrays)))
+    found = fetched(lower_elementwise(piece)(**arrays))
+    return compared("pieces", what, exact.judge(found, wanted, due()))
 
 
 def compare_norm(pieces, rope, tokens, heads, channels):
@@ -185,22 +210,27 @@ def compare_relu(pieces, shape):
 ADD_LIMIT = 1e-5  # of float32 sums of a few dozen bfloat16 numbers, in another order
 
 
+def lower_add(add, tokens, channels, vocabulary, kernel):
+    """A function of ids (1, M) and gradients (1, M, D) -> sums after adding them twice, jitted."""
+    weight, config = {"table": Weight("V->D", normal(1.0), "embed")}, SimpleNamespace()
+    config.sizes = {"V": vocabulary, "D": channels}
+
+    def run(ids, grads):
+        table = jnp.zeros(weight["table"].shape(config), jnp.bfloat16)
+        embeddings, rows = Embeddings(weight, {"table": table}), [Rows(grads)]
+        sums = add(embeddings, embeddings.no_sums(), ids, rows, kernel)
+        return add(embeddings, sums, ids, rows, kernel)
+
+    return jax.jit(run)
+
+
 def compare_add(pieces, tokens, channels, vocabulary):
-    """The Row of the kernel that adds embeddings' gradients to float32 sums, against XLA's scatter: sums of two."""
-
-    class Sizes:
-        sizes = {"V": vocabulary, "D": channels}
-
-    weight = {"table": Weight("V->D", normal(1.0), "embed")}
-    embeddings = Embeddings(weight, {"table": jnp.zeros(weight["table"].shape(Sizes), jnp.bfloat16)})
-    ids = jnp.asarray(np.random.default_rng(11).integers(0, vocabulary // 2, (1, tokens)), jnp.int32)
-    grads = [Rows(in_bfloat16(12, g=(1, tokens, channels))["g"])]
-
-    def summed(add, kernel):
-        run = jax.jit(lambda sums: add(embeddings, add(embeddings, sums, ids, grads, kernel), ids, grads, kernel))
-        return np.asarray(run(embeddings.no_sums())).reshape(vocabulary, -1)
-
-    errors = exact.errors_between(summed(pieces["add"], True), summed(Embeddings.add, False))
+    """The Row of the kernel that adds embeddings' gradients to float32 sums, against XLA's scatter."""
+    ids = jnp.asarray(np.random.default_rng(11).integers(0, max(2, vocabulary // 2), (1, tokens)), jnp.int32)
+    grads, sizes = in_bfloat16(12, g=(1, tokens, channels))["g"], (tokens, channels, vocabulary)
+    found = lower_add(pieces["add"], *sizes, True)(ids, grads)
+    wanted = lower_add(Embeddings.add, *sizes, False)(ids, grads)
+    errors = exact.errors_between(np.asarray(found), np.asarray(wanted))
     return compared("pieces", f"rows added, {tokens} x {channels}", {"sums": (max(errors), ADD_LIMIT)})
 
 

@@ -17,6 +17,7 @@ from onechip import fit
 from onechip.check_report import Row
 from onechip.checkpoints import pack_state
 from onechip.chips import CHIPS, GIB
+from onechip.errors import require
 from onechip.estimate import xla_cycles
 from onechip.loader import PrefetchDataLoader
 from onechip.statefile import fetch
@@ -154,7 +155,10 @@ def program_of(context, name, rows):
     config, subject = with_rows(context, name, rows), context.given.subjects[name]
     if (name, config) not in context.programs:
         work = context.given.workload(context.mesh, subject.model, subject.optimizer)
-        context.programs[name, config] = fit.require_fit(work, config)
+        found = fit.measure(work, config)
+        size = f"{found.peak_bytes / GIB:.3g} GiB"
+        require(found.fits, "device_batch_size", rows, f"a step of {name} needs {size}, which the device has not")
+        context.programs[name, config] = found
     return config, context.programs[name, config]
 
 
@@ -232,7 +236,9 @@ def time_loader(context):
     alone = timed(training, context.sizes.runs)
     place = functools.partial(jax.device_put, device=context.given.sharding_of(context.mesh, "B"))
     with PrefetchDataLoader(context.given.batches(training.config), place) as loader:
-        beside = timed(lambda: training(next(loader)[0]), context.sizes.runs)
+        for _ in range(4):  # what waits on the device already
+            training(next(loader)[0])
+        beside = timed(lambda: training(next(loader)[0]), 2 * context.sizes.runs)
     return as_row("loader", "a step beside the loader", beside, "ms", milliseconds, alone.median, "the step alone")
 
 

@@ -21,7 +21,7 @@ import onechip  # noqa: F401  (before jax)
 import jax
 
 from onechip.check import PARTS, check_chip, choose_parts_of, resume_in_child
-from onechip.check_report import FAILED, WRONG
+from onechip.check_report import FAILED, STOPPED, WRONG
 from onechip.check_sizes import sizes_for
 from onechip.machine import prepare
 from onechip.measured import CHIP_FILES, describe_measured, read_measured
@@ -53,7 +53,8 @@ def main():
     if asked.resume:
         return resume_in_child(given, sizes, *asked.resume)
     found = check_chip(given, sizes, asked.only, asked.out)
-    sys.exit(any(row["status"] in (WRONG, FAILED) for row in found["rows"]))
+    statuses = {row["status"] for row in found["rows"]}
+    sys.exit(130 if STOPPED in statuses else bool(statuses & {WRONG, FAILED}))
 
 
 if __name__ == "__main__":
