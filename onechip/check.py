@@ -39,7 +39,7 @@ from onechip.check_time import machine_tasks, step_tasks, training_tasks
 from onechip.chips import GIB, memory_limit
 from onechip.errors import SafeStream, UserError, first_line, require, say
 from onechip.files import write_json
-from onechip.machine import deferred_interrupt, home
+from onechip.machine import deferred_interrupt, home, is_interrupted
 
 
 class Subject(NamedTuple):
@@ -164,13 +164,15 @@ def run_task(context, part, task, start):
     progress(f"[{time.perf_counter() - start:4.0f} s] {part}: {task.what} ... ", end="")
     began = time.perf_counter()
     try:
+        if is_interrupted():  # the task before has swallowed it, as code that is called back from C++ does
+            raise KeyboardInterrupt
         found = task.run()
         rows = [found] if isinstance(found, Row) else found
-    except KeyboardInterrupt:
-        context.rows.append(Row(part, task.what, STOPPED))
-        progress("interrupted")
-        raise
-    except Exception as error:
+    except BaseException as error:
+        if is_interrupted() or not isinstance(error, Exception):
+            context.rows.append(Row(part, task.what, STOPPED, more=dict(task.about)))
+            progress("interrupted")
+            raise KeyboardInterrupt from None
         rows = [Row(part, task.what, FAILED, note=scrub(first_line(error)), more=dict(task.about))]
     context.rows += rows
     bad = next((row.status for row in rows if row.status != OK), OK)

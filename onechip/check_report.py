@@ -100,7 +100,7 @@ def private_names():
         names.add(getpass.getuser())
     except (OSError, KeyError, ImportError):  # a container whose user has no name
         pass
-    return sorted((name for name in names if len(name) > 2), key=len, reverse=True)
+    return sorted((name for name in names if len(name) > 1), key=len, reverse=True)
 
 
 def scrub(text):
@@ -134,7 +134,7 @@ def recommend(rows):
     """
     found, seconds = {}, {}
     for row in rows:
-        if row.part == "attention":
+        if row.part == "attention" and row.more:
             times = seconds.setdefault(row.more["attn_impl"], {})
             times[row.more.get("case", row.what)] = row.more.get("seconds") if row.status == OK else None
     right = {name: times for name, times in seconds.items() if None not in times.values()}

@@ -99,7 +99,7 @@ def describe_measured(steps):
     rows = [
         [s.device, s.model, s.attn_impl, s.device_batch_size, f"{1e3 * s.seconds:.1f}", f"{1e3 * s.estimated:.1f}",
          f"{s.ratio:.2f}", s.jax, s.file]
-        for s in sorted(steps)
+        for s in sorted(steps, key=lambda step: step[1:])
     ]  # fmt: skip
     return table(rows, heads, "< < < > > > > <")
 
