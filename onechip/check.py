@@ -4,7 +4,6 @@ What is checked comes from a notebook, as a Given; what is found is a table for 
 turn. One that fails is a row, one that does not fit the time is a row, and an interrupt leaves what is done.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -161,9 +160,9 @@ def progress(text, end="\n"):
 
 def run_task(context, part, task, start):
     """Appends the Rows of a task to those found; any error but an interrupt is a Row."""
-    progress(f"[{time.perf_counter() - start:4.0f} s] {part}: {task.what} ... ", end="")
     began = time.perf_counter()
     try:
+        progress(f"[{began - start:4.0f} s] {part}: {task.what} ... ", end="")
         if is_interrupted():  # the task before has swallowed it, as code that is called back from C++ does
             raise KeyboardInterrupt
         found = task.run()
@@ -221,11 +220,15 @@ def check_chip(given, sizes, only="", out="chip_check.json", clock=time.monotoni
 
     leave()  # where that cannot be, five minutes are saved
     with deferred_interrupt():  # an interrupt while the table is printed changes nothing; a second one ends it
-        with deferred_interrupt(raise_at_once=True), contextlib.suppress(KeyboardInterrupt):
-            run_parts(context, parts, budget, clock, leave)
-            if parts == list(PARTS) and not any(row.status == SKIPPED for row in context.rows):
-                marker.parent.mkdir(parents=True, exist_ok=True)
-                marker.touch()
+        try:
+            with deferred_interrupt(raise_at_once=True):
+                run_parts(context, parts, budget, clock, leave)
+        except KeyboardInterrupt:
+            if all(row.status != STOPPED for row in context.rows):  # it came between two of them
+                context.rows.append(Row("all", "what follows", STOPPED))
+        if parts == list(PARTS) and not any(row.status in (SKIPPED, STOPPED) for row in context.rows):
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
         found = leave()
         say(describe_check(*finding()))
     say(f"left in {out}: nothing in it is private; docs/chips/README.md says how to contribute it")
