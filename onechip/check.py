@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import jax
 
-from onechip.check_bits import bit_tasks, resume
-from onechip.check_compare import PIECES, attention_tasks, piece_tasks
+from onechip.check_bits import bit_checks, resume
+from onechip.check_compare import PIECES, attention_checks, piece_checks
 from onechip.check_report import (
     FAILED,
     OK,
@@ -34,7 +34,7 @@ from onechip.check_report import (
     scrub,
 )
 from onechip.check_sizes import Sizes
-from onechip.check_time import machine_tasks, step_tasks, training_tasks
+from onechip.check_time import machine_checks, step_checks, training_checks
 from onechip.chips import GIB, memory_limit
 from onechip.errors import SafeStream, UserError, first_line, require, say
 from onechip.files import write_json
@@ -107,13 +107,13 @@ def choose_parts_of(only):
     return [part for part in PARTS if part in names or not names]
 
 
-def tasks_of(context, part):
-    """The Tasks of a part; those of steps are asked for late, when it is known which attention is right."""
+def checks_of(context, part):
+    """The Checks of a part; those of steps are asked for late, when it is known which attention is right."""
     simple = {
-        "machine": machine_tasks, "attention": attention_tasks, "pieces": piece_tasks, "step": step_tasks,
-        "bits": bit_tasks,
+        "machine": machine_checks, "attention": attention_checks, "pieces": piece_checks, "step": step_checks,
+        "bits": bit_checks,
     }  # fmt: skip
-    return list(simple[part](context) if part in simple else training_tasks(context)[part])
+    return list(simple[part](context) if part in simple else training_checks(context)[part])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,41 +158,41 @@ def progress(text, end="\n"):
     stream.flush()
 
 
-def run_task(context, part, task, start):
-    """Appends the Rows of a task to those found; any error but an interrupt is a Row."""
+def run_check(context, part, check, start):
+    """Appends the Rows of a Check to those found; any error but an interrupt is a Row."""
     began = time.perf_counter()
     try:
-        progress(f"[{began - start:4.0f} s] {part}: {task.what} ... ", end="")
-        if is_interrupted():  # the task before has swallowed it, as code that is called back from C++ does
+        progress(f"[{began - start:4.0f} s] {part}: {check.what} ... ", end="")
+        if is_interrupted():  # the check before has swallowed it, as code that is called back from C++ does
             raise KeyboardInterrupt
-        found = task.run()
+        found = check.run()
         rows = [found] if isinstance(found, Row) else found
     except BaseException as error:
         if is_interrupted() or not isinstance(error, Exception):
-            context.rows.append(Row(part, task.what, STOPPED, more=dict(task.about)))
+            context.rows.append(Row(part, check.what, STOPPED, more=dict(check.about)))
             progress("interrupted")
             raise KeyboardInterrupt from None
-        rows = [Row(part, task.what, FAILED, note=scrub(first_line(error)), more=dict(task.about))]
+        rows = [Row(part, check.what, FAILED, note=scrub(first_line(error)), more=dict(check.about))]
     context.rows += rows
     bad = next((row.status for row in rows if row.status != OK), OK)
     progress(f"{bad}, {time.perf_counter() - began:.1f} s")
 
 
 def run_parts(context, parts, budget, clock, after):
-    """Runs all tasks of some parts while there is time; after(): called when something has been found."""
+    """Runs all checks of some parts while there is time; after(): called when something has been found."""
     began, start = clock(), time.perf_counter()
     for part in parts:
         try:
-            tasks = tasks_of(context, part)
+            checks = checks_of(context, part)
         except Exception as error:
             context.rows.append(Row(part, "all", FAILED, note=scrub(first_line(error))))
             continue
-        for task in tasks:
+        for check in checks:
             if clock() - began >= budget:
                 note = f"{budget:.0f} s are over: --only {part}, or --all"
-                context.rows.append(Row(part, task.what, SKIPPED, note=note, more=dict(task.about)))
+                context.rows.append(Row(part, check.what, SKIPPED, note=note, more=dict(check.about)))
                 continue
-            run_task(context, part, task, start)
+            run_check(context, part, check, start)
             after()
 
 

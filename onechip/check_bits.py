@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from onechip.check_report import FAILED, OK, WRONG, Row
-from onechip.check_time import Task, Training, first_subject
+from onechip.check_time import Check, Training, first_subject
 from onechip.checkpoints import name_leaves, pack_state, unpack_state, write_checkpoint
 from onechip.errors import UserError, first_line
 from onechip.statefile import fetch
@@ -106,7 +106,7 @@ def run_child(context, path, attention):
         raise UserError(last[0] if last else "ended without a word") from None
 
 
-def bit_tasks(context):
-    """Tasks for two runs and for one through a checkpoint."""
+def bit_checks(context):
+    """Checks for two runs and for one through a checkpoint."""
     runs = Runs(context)
-    return [Task("twice", runs.again), Task("through a checkpoint", runs.resumed)]
+    return [Check("twice", runs.again), Check("through a checkpoint", runs.resumed)]

@@ -15,7 +15,7 @@ import numpy as np
 
 from onechip import check_exact as exact
 from onechip.check_report import compared
-from onechip.check_time import Task, timed
+from onechip.check_time import Check, timed
 from onechip.layers import head_loss, head_losses, relu_squared, rope_and_norm
 from onechip.rows import Embeddings, Rows
 from onechip.weights import Weight, normal
@@ -82,7 +82,7 @@ def attention_inputs(case):
     return arrays, arrays.pop("g")
 
 
-def attend(attention, rope, case, arrays):
+def attend_by(attention, rope, case, arrays):
     """An attention as a model calls it; an attention that takes `more` is given the gated rows, others their sum."""
     args, (q, k, v) = (rope, case.window, case.H**-0.5), (arrays[name] for name in "qkv")
     gate, rows = arrays.get("gate"), arrays.get("rows")
@@ -95,7 +95,7 @@ def attend(attention, rope, case, arrays):
 
 def lower_attention(attention, rope, case):
     """A function of (arrays, g) -> {"out", "dq", "dk", "dv", ...}, jitted."""
-    f = functools.partial(attend, attention, rope, case)
+    f = functools.partial(attend_by, attention, rope, case)
     return jax.jit(lambda arrays, g: value_and_grads(f, tuple(arrays), arrays, g))
 
 
@@ -117,8 +117,8 @@ def compare_attention(name, attention, rope, case, wanted, runs):
     return row._replace(note=f"{row.note}; {1e3 * seconds:.3g} ms")
 
 
-def attention_tasks(context):
-    """A Task for each attention at each size. An attention that does not take gated rows is not asked for them."""
+def attention_checks(context):
+    """A Check for each attention at each size. An attention that does not take gated rows is not asked for them."""
     given, sizes = context.given, context.sizes
     for case in sizes.cases:
         rope = given.rope(case.T, case.H)
@@ -129,7 +129,7 @@ def attention_tasks(context):
                 continue
             args = name, attention, rope, case, wanted, sizes.runs
             about = {"attn_impl": name, "case": case.words}
-            yield Task(f"{name}: {case.words}", functools.partial(compare_attention, *args), about)
+            yield Check(f"{name}: {case.words}", functools.partial(compare_attention, *args), about)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,19 +248,19 @@ def compare_orthogonal(orthogonalize, rows, columns):
     return compared("pieces", f"orthogonalize, {rows} x {columns}", errors)
 
 
-def piece_tasks(context):
-    """A Task for the loss with and without softcap, and one for each smaller piece."""
+def piece_checks(context):
+    """A Check for the loss with and without softcap, and one for each smaller piece."""
     given, s = context.given, context.sizes
     T, D, V, (_, N, _, H, *_) = s.tokens, s.channels, s.vocabulary, s.cases[0]
     bound = functools.partial
     for softcap in (15.0, 0.0):
         run = bound(compare_loss, given.pieces, T, D, V, max(1, T // 2), softcap)
-        yield Task(f"loss, softcap {softcap:g}", run)
-    yield Task("RoPE and norm", bound(compare_norm, given.pieces, given.rope(T, H), T, N, H))
-    yield Task("ReLU squared", bound(compare_relu, given.pieces, (T, 4 * D)))
-    yield Task("rows added", bound(compare_add, given.pieces, T, D, V))
+        yield Check(f"loss, softcap {softcap:g}", run)
+    yield Check("RoPE and norm", bound(compare_norm, given.pieces, given.rope(T, H), T, N, H))
+    yield Check("ReLU squared", bound(compare_relu, given.pieces, (T, 4 * D)))
+    yield Check("rows added", bound(compare_add, given.pieces, T, D, V))
     if given.orthogonalize:
         for shape in s.matrices:
-            yield Task(
+            yield Check(
                 f"orthogonalize, {shape[0]} x {shape[1]}", bound(compare_orthogonal, given.orthogonalize, *shape)
             )

@@ -25,7 +25,7 @@ from onechip.weights import bytes_of
 from onechip.writer import COPY_SPEED, CheckpointWriter, pause_seconds
 
 
-class Task(NamedTuple):
+class Check(NamedTuple):
     """Something to check. run() -> a Row or several; about: what a row has in `more` if it cannot be run."""
 
     what: str
@@ -124,12 +124,12 @@ def time_transfers(context, size):
     yield as_row("machine", f"device to host, {what}", down, "GB/s", rate, size / COPY_SPEED, "what checkpoints expect")
 
 
-def machine_tasks(context):
-    """Tasks for a product, the device's memory and the way to and from the host."""
+def machine_checks(context):
+    """Checks for a product, the device's memory and the way to and from the host."""
     s = context.sizes
-    yield Task("matrix product", functools.partial(time_product, context, s.product))
-    yield Task("memory copy", functools.partial(time_copy, context, s.copy_bytes))
-    yield Task("host copies", lambda: list(time_transfers(context, s.host_bytes)))
+    yield Check("matrix product", functools.partial(time_product, context, s.product))
+    yield Check("memory copy", functools.partial(time_copy, context, s.copy_bytes))
+    yield Check("host copies", lambda: list(time_transfers(context, s.host_bytes)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def program_of(context, name, rows):
     return config, context.programs[name, config]
 
 
-def new_state(context, name, config):
+def fresh_state(context, name, config):
     """A subject's state of step 0, on the devices."""
     subject = context.given.subjects[name]
     return context.given.init_state(config, context.mesh, subject.model, subject.optimizer)
@@ -173,7 +173,7 @@ class Training:
 
     def __init__(self, context, name, rows):
         self.config, self.fit = program_of(context, name, rows)
-        self.state, self.batch = new_state(context, name, self.config), random_batch(context, self.config)
+        self.state, self.batch = fresh_state(context, name, self.config), random_batch(context, self.config)
 
     def __call__(self, batch=None):
         self.state, metrics = self.fit.compiled(self.state, self.batch if batch is None else batch)
@@ -214,14 +214,14 @@ def time_step(context, name, rows):
         yield Row("memory", what, more=about, **size)
 
 
-def step_tasks(context):
-    """A Task for each subject and microbatch; a microbatch that does not divide the batch is left out."""
+def step_checks(context):
+    """A Check for each subject and microbatch; a microbatch that does not divide the batch is left out."""
     for name, subject in context.given.subjects.items():
         config = subject.config
         for rows in context.sizes.microbatches or (config.device_batch_size,):
             if config.total_batch_size % (rows * context.mesh.size) == 0:
                 run = functools.partial(time_step, context, name, rows)
-                yield Task(f"{name}, {rows} at a time", lambda run=run: list(run()), {"model": name})
+                yield Check(f"{name}, {rows} at a time", lambda run=run: list(run()), {"model": name})
 
 
 def first_subject(context):
@@ -263,7 +263,7 @@ def time_writing(context):
     """Rows of one text: its prompt read at once, then token after token."""
     s, given, (name, rows) = context.sizes, context.given, first_subject(context)
     config, model = with_rows(context, name, rows), given.subjects[name].model
-    params = new_state(context, name, config)["params"]
+    params = fresh_state(context, name, config)["params"]
     args = params, np.zeros((1, s.prompt), np.int32), s.prompt, jax.random.key(0)
     found, expected = {}, {}
     for count in (1, 1 + s.new_tokens):
@@ -276,10 +276,10 @@ def time_writing(context):
     yield as_row("writing", "each token after it", each, "ms", milliseconds, per_token, ESTIMATE)
 
 
-def training_tasks(context):
-    """Tasks for what happens next to training and after it, by part."""
+def training_checks(context):
+    """Checks for what happens next to training and after it, by part."""
     return {
-        "loader": [Task("a step beside the loader", lambda: time_loader(context))],
-        "checkpoint": [Task("training waits", lambda: time_checkpoint(context))],
-        "writing": [Task("prompt and tokens", lambda: list(time_writing(context)))],
+        "loader": [Check("a step beside the loader", lambda: time_loader(context))],
+        "checkpoint": [Check("training waits", lambda: time_checkpoint(context))],
+        "writing": [Check("prompt and tokens", lambda: list(time_writing(context)))],
     }

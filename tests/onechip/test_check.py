@@ -25,7 +25,7 @@ from onechip.check import PARTS, check_chip, choose_parts_of
 from onechip.check_compare import PIECES, Case
 from onechip.check_report import FAILED, OK, SKIPPED, STOPPED, WRONG, Row, as_json, recommend, scrub
 from onechip.check_sizes import TINY, sizes_for
-from onechip.check_time import Task
+from onechip.check_time import Check
 from onechip.errors import UserError
 from onechip.rows import Embeddings
 
@@ -145,10 +145,10 @@ def test_an_interrupt_in_the_process_ends_the_parts_that_follow(tmp_path, given,
     """Of a part that was interrupted there is a row, of those after it none."""
 
     def stop(context):
-        yield Task("first", lambda: Row("machine", "first"))
-        yield Task("second", lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+        yield Check("first", lambda: Row("machine", "first"))
+        yield Check("second", lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
 
-    monkeypatch.setattr(check, "machine_tasks", stop)
+    monkeypatch.setattr(check, "machine_checks", stop)
     found = check_parts(given, tmp_path, "machine,attention")
     assert statuses(found) == {"first": OK, "second": STOPPED}
 
@@ -160,11 +160,11 @@ def test_a_part_that_fails_is_a_row(tmp_path, given, monkeypatch):
         def broken():
             raise RuntimeError("out of something\nand a second line")
 
-        yield Task("broken", broken)
-        yield Task("whole", lambda: Row("machine", "whole"))
+        yield Check("broken", broken)
+        yield Check("whole", lambda: Row("machine", "whole"))
 
-    monkeypatch.setattr(check, "machine_tasks", fail)
-    monkeypatch.setattr(check, "piece_tasks", lambda context: 1 / 0)
+    monkeypatch.setattr(check, "machine_checks", fail)
+    monkeypatch.setattr(check, "piece_checks", lambda context: 1 / 0)
     found = check_parts(given, tmp_path, "machine,pieces,attention")
     assert statuses(found)["broken"] == FAILED and statuses(found)["whole"] == OK
     assert found["rows"][0]["note"] == "out of something"
@@ -173,18 +173,18 @@ def test_a_part_that_fails_is_a_row(tmp_path, given, monkeypatch):
 
 
 def test_what_does_not_fit_the_time_is_skipped(tmp_path, given, monkeypatch):
-    """A task begins before the budget is over, or is a row; a part that was asked for by name gets the same time."""
+    """A one begins before the budget is over, or is a row; a part that was asked for by name gets the same time."""
     now = [0.0]
 
-    def task(name, seconds):
+    def one(name, seconds):
         def run():
             now[0] += seconds
             return Row("machine", name)
 
-        return Task(name, run)
+        return Check(name, run)
 
     monkeypatch.setenv("ONECHIP_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(check, "machine_tasks", lambda context: [task("a", 9), task("b", 9), task("c", 9)])
+    monkeypatch.setattr(check, "machine_checks", lambda context: [one("a", 9), one("b", 9), one("c", 9)])
     sizes = dataclasses.replace(ONE_CASE, budget=(5.0, 10.0))
     found = check_parts(given, tmp_path, "machine", sizes, clock=lambda: now[0])
     assert statuses(found) == {"a": OK, "b": OK, "c": SKIPPED}
@@ -293,8 +293,8 @@ def test_a_piece_that_is_wrong_is_a_row(given, tmp_path, name):
 def test_an_orthogonalize_that_is_wrong_is_a_row(given, tmp_path, broken):
     """One that leaves singular values as they are; one whose result is orthogonal, and too large, or another matrix."""
     context = check.Context(given._replace(orthogonalize=broken), ONE_CASE)
-    [task] = [task for task in check_compare.piece_tasks(context) if "orthogonalize" in task.what]
-    assert task.run().status == WRONG
+    [one] = [one for one in check_compare.piece_checks(context) if "orthogonalize" in one.what]
+    assert one.run().status == WRONG
 
 
 def test_training_that_is_not_the_same_twice_is_a_row(given, monkeypatch):
