@@ -1382,8 +1382,9 @@ def what_to_check(preset):
     muon, subjects = inspect.getmodule(optimizer_named("muon").update), {}
     for name, (optimizer, deep, small) in CHECKED.items():
         model, optimizer = model_named(name), optimizer_named(optimizer)
-        fields = SMALL_CHECK | small if preset == "laptop" else deep
-        config = config_with(model.config, optimizer.settings)(**presets_of(model, optimizer)[preset] | fields)
+        fields = model.presets[preset] | optimizer.presets.get(preset, {})
+        fields |= SMALL_CHECK | small if preset == "laptop" else deep
+        config = config_with(model.config, optimizer.settings)(**fields)
         subjects[name] = Subject(model, optimizer, config)
 
     def rope(T, H):

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from execute import TINY as TINY_RUNS
+from execute import copy_repository
 from reference import raw_attention_reference
 from reference_muon import POLYNOMIALS, in_bfloat16
 
@@ -79,13 +82,19 @@ def test_a_whole_check_passes_here(tmp_path, given, monkeypatch, capsys):
     assert check.kept_marker(check.Context(given, ONE_CASE)).exists()  # the next one has less time, and needs less
 
 
+def cpu_seconds():
+    """Of all processes that this one has started and that have ended: other load on the machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.slow
 def test_the_command_checks_all_of_it_and_passes(tmp_path, compiled_once):
     """All three models, all attentions, and a new process that resumes from a checkpoint, within its two minutes."""
-    began = time.monotonic()
+    before = cpu_seconds()
     process = run_tool(tmp_path)
     printed, errors = process.communicate(timeout=240)
-    assert process.returncode == 0 and time.monotonic() - began < 120, printed + errors
+    assert process.returncode == 0 and cpu_seconds() - before < 120, printed + errors
     found = json.loads((tmp_path / "chip_check.json").read_text())
     assert {row["status"] for row in found["rows"]} == {OK}
     assert {row["part"] for row in found["rows"]} >= set(PARTS)
@@ -97,6 +106,21 @@ def test_the_command_checks_all_of_it_and_passes(tmp_path, compiled_once):
         assert row["what"] in printed
     assert set(found["recommended"]) == {"attn_impl", "device_batch_size"}
     assert_nothing_private(tmp_path / "chip_check.json", tmp_path)
+
+
+@pytest.mark.slow
+def test_the_cell_in_02_checks_the_same(tmp_path, compiled_once):
+    """Ticked, it prints the table and leaves the file, then the notebook trains as ever."""
+    copy_repository(tmp_path, "tools")
+    source = (tmp_path / "02_train.py").read_text()
+    assert source.count("\nCHECK = False") == 1
+    (tmp_path / "02_train.py").write_text(source.replace("\nCHECK = False", "\nCHECK = True"))
+    command = [sys.executable, "02_train.py", "--preset", "laptop", *TINY_RUNS["02_train"].split()]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "chip_check.json").read_text())
+    assert {row["status"] for row in found["rows"]} == {OK} and {row["part"] for row in found["rows"]} >= set(PARTS)
+    assert "2 + 2 steps through a checkpoint" in done.stdout and "trained: 5 of 5 steps" in done.stdout
 
 
 def assert_nothing_private(file, folder):
