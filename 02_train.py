@@ -175,6 +175,7 @@ import functools
 import importlib
 import itertools
 import math
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -1350,6 +1351,66 @@ def make_sample_writer(config, tokenizer, prompts, model=GPT):
 # %%
 if LOOK:
     print("eight tokens of the toy:", generate(toy, toy_state["params"], [1, 2, 3], 8))
+
+# %% [markdown]
+# ## Check the chip
+#
+# What this series says of a TPU's speed is a compiler's estimate. Tick `CHECK` and see for the chip that is attached:
+# is each attention right, how long does a step take next to its estimate, is training the same to the last bit? Five
+# minutes, twelve the first time; on a laptop one, at tiny sizes. It prints a table and leaves `chip_check.json`, with
+# nothing private in it; put into `docs/chips/`, that corrects everybody's estimates. `uv run tools/chip_check.py` is
+# the same.
+
+
+# %% cellView="form"
+# @title What is checked
+# Of each model: the optimizer, depth 12, and what a laptop takes instead.
+CHECKED = {
+    "gpt": ("adamw", {"n_head": 6}, {"n_head": 2, "aspect_ratio": 16}),
+    "swiglu": (
+        "adamw", {"n_layer": 12}, {"n_head": 2, "n_kv_head": 1, "n_embd": 48, "n_layer": 2, "mlp_dim": 80, "tile": 16}
+    ),
+    "nanochat": ("muon", {"depth": 12}, {"depth": 2}),
+}  # fmt: skip
+SMALL_CHECK = {"head_dim": 16, "vocab_size": 512, "seq_len": 64, "device_batch_size": 2, "total_batch_size": 4}
+
+
+def what_to_check(preset):
+    """The onechip.check.Given of these notebooks, for a preset: every model, every attention, Muon's products."""
+    from onechip.check import Given, Subject
+
+    muon, subjects = inspect.getmodule(optimizer_named("muon").update), {}
+    for name, (optimizer, deep, small) in CHECKED.items():
+        model, optimizer = model_named(name), optimizer_named(optimizer)
+        fields = model.presets[preset] | optimizer.presets.get(preset, {})
+        fields |= SMALL_CHECK | small if preset == "laptop" else deep
+        config = config_with(model.config, optimizer.settings)(**fields)
+        subjects[name] = Subject(model, optimizer, config)
+
+    def rope(T, H):
+        return rope_tables(Config(n_head=1, head_dim=H, aspect_ratio=H, seq_len=T, attn_impl="einsum"))
+
+    def batches(config):
+        corpus = tok.get_corpus("offline", 0)
+        return pretraining_batches(config, corpus, tok.get_tokenizer(corpus, config.vocab_size))
+
+    return Given(
+        ATTENTIONS, attention_einsum, rope, subjects, batches, make_mesh, workload, init_state, sharding_of,
+        make_sampler, flops_per_token, orthogonalize=muon.orthogonalize,
+        child=(sys.executable, str(Path(tok.__file__).parent / "tools" / "chip_check.py"), "--resume"),
+    )  # fmt: skip
+
+
+# %%
+CHECK = False  # @param {type:"boolean"}
+
+if __name__ == "__main__" and CHECK:
+    from onechip.check import check_chip
+    from onechip.check_sizes import sizes_for
+
+    prepare()
+    sizes = sizes_for(jax.local_devices()[0].platform)
+    check_chip(what_to_check(sizes.preset), sizes)
 
 # %% [markdown]
 # ## Run

@@ -23,7 +23,8 @@ from onechip.estimate import (
     resident_bytes,
     step_seconds,
 )
-from onechip.fitreport import describe, describe_run, describe_time, gib
+from onechip.fitreport import describe, describe_run, describe_time, describe_with_ratio, gib
+from onechip.measured import ratio_for
 from onechip.stages import stages_of
 
 MOST_MEMORY = 256 * GIB  # taken for a device whose memory is unknown: no TPU has more
@@ -127,6 +128,9 @@ def show(work, config, further=False, units_per_hour=0.0):
     found = {c: require_fit(work, c) for c in reversed(configs)}  # the last stage's, the largest, first
     fits, peaks = [found[c] for c in configs], [peak_rate(work, c) for c in configs]
     say(describe(configs[-1], fits[-1], peaks[-1]))
+    kind = work.mesh.devices.flat[0].device_kind
+    if fits[-1].step_seconds and (measured := ratio_for(kind, config.attn_impl)):
+        say(describe_with_ratio(kind, fits[-1], *measured))
     for line in describe_run(config, fits, peaks, units_per_hour):
         say(line)
     if further:

@@ -39,6 +39,14 @@ def describe_time(config, fit, peak):
     return f"{1e3 * fit.step_seconds:.1f} ms a step, {rate / 1e3:,.0f} thousand tok/s{mfu}, {gib(fit.peak_bytes)} GiB"
 
 
+def describe_with_ratio(kind, fit, ratio, count):
+    """An estimated step's time with the ratio of measured to estimated that `count` steps had, on one line."""
+    steps = f"{count} steps" if count > 1 else "a step"
+    return (
+        f"  measured on {kind} by chip_check, {steps}: x {ratio:.2f} -> {1e3 * ratio * fit.step_seconds:.0f} ms a step"
+    )
+
+
 def describe_run(config, fits, peaks, units_per_hour=0.0):
     """Lines on a whole run, one for each stage but the last if there are several; [] without estimates of time.
 

@@ -7,6 +7,7 @@ import re
 import jax
 import pytest
 
+from onechip import check_compare, check_sizes, check_time
 from onechip.chips import GIB, topology_devices
 from onechip.doors import config_with
 from onechip.fit import DoesNotFit, measure, peak_rate, require_fit
@@ -178,3 +179,78 @@ def test_a_v5e_refuses_what_a_v6e_takes():
     with pytest.raises(DoesNotFit, match=wanted):
         require_fit(work_on("v5e:1x1"), large)
     assert require_fit(work_on("v6e:1x1"), large).fits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A check's programs (onechip/check*.py), at the sizes that they have on a chip
+
+CASES = check_sizes.QUICK_CASES
+
+
+def on_v6e(tree):
+    """Arrays, or their shapes, as they would lie on one v6e."""
+    place = jax.sharding.SingleDeviceSharding(work_on("v6e:1x1").mesh.devices.flat[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+
+# Every case with the kernels; what XLA makes of plain attention, minutes each, at one.
+ATTENTION_CASES = [
+    *((impl, case) for impl in ("splash", "pallas") for case in CASES if impl == "pallas" or not case.gated),
+    *((impl, CASES[1]) for impl in ("einsum", "jax")),
+]
+
+
+@pytest.mark.parametrize("impl, case", ATTENTION_CASES, ids=[f"{impl}, {case.words}" for impl, case in ATTENTION_CASES])
+def test_a_checks_attention_compiles_for_a_v6e(impl, case):
+    """Value and gradients in bfloat16, by its kernels where it has any."""
+    rope = train.what_to_check("chip").rope(case.T, case.H)
+    arrays, g = on_v6e(jax.eval_shape(lambda: check_compare.attention_inputs(case)))
+    compiled = check_compare.lower_attention(train.ATTENTIONS[impl], rope, case).lower(arrays, g).compile()
+    assert count_kernels(compiled) == {"splash": 3, "pallas": 2}.get(impl, 0)
+
+
+def test_the_reference_of_a_check_multiplies_float32_on_a_v6e():
+    """A TPU multiplies float32 in one pass of bfloat16 unless it is asked not to; the program asks everywhere."""
+    case = CASES[1]
+    rope = train.what_to_check("chip").rope(case.T, case.H)
+    narrow = jax.eval_shape(lambda: check_compare.attention_inputs(case))
+    wide = on_v6e(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, "float32"), narrow))
+    with jax.default_matmul_precision("highest"):
+        text = check_compare.lower_attention(train.attention_einsum, rope, case).lower(*wide).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all("HIGHEST" in line for line in products)
+
+
+def test_a_checks_pieces_compile_for_a_v6e():
+    """Loss, RoPE and norm, ReLU squared, rows added by their kernel, Muon's products, the texts that are written."""
+    given, sizes = train.what_to_check("chip"), check_sizes.CHIP
+    T, D, V = sizes.tokens, sizes.channels, sizes.vocabulary
+    shapes = lambda dtype, *shapes: on_v6e([jax.ShapeDtypeStruct(shape, dtype) for shape in shapes])
+    [y] = shapes("int32", (1, T))
+    loss = lambda h, head, y: check_compare.sliced_loss(given.pieces, 15.0, T // 2, y)(h, head)
+    jax.jit(loss).lower(*shapes("bfloat16", (1, T, D), (D, V)), y).compile()
+    cos, sin = given.rope(T, 128)
+    for piece in (given.pieces["relu"], lambda x: given.pieces["norm"](x, cos, sin)):
+        check_compare.lower_elementwise(piece).lower(*shapes("bfloat16", (1, T, 6, 128), (1, T, 6, 128))).compile()
+    add = check_compare.lower_add(given.pieces["add"], T, D, V, True).lower(y, *shapes("bfloat16", (1, T, D)))
+    assert count_kernels(add.compile()) == 2
+    for shape in sizes.matrices:
+        jax.jit(given.orthogonalize).lower(*shapes("bfloat16", (1, *shape))).compile()
+
+
+@pytest.mark.parametrize("name", ["gpt", "swiglu", "nanochat"])
+def test_a_checks_steps_compile_for_a_v6e(name):
+    """Two layers of each model at its full width, and the program that writes: they fit, and have an estimate."""
+    subject = train.what_to_check("chip").subjects[name]
+    config = dataclasses.replace(subject.config, **{"gpt": {"aspect_ratio": 384}, "swiglu": {"n_layer": 2}}.get(
+        name, {"depth": 2}), total_batch_size=2 * subject.config.device_batch_size)  # fmt: skip
+    assert config.n_layer == 2 and config.n_embd in (768, 1024)
+    work = train.workload(work_on("v6e:1x1").mesh, subject.model, subject.optimizer)
+    fit = measure(work, config)
+    assert fit.fits and fit.step_seconds > 0 and count_kernels(fit.compiled) == 2 * 2 + 1
+    params = on_v6e(train.state_shapes(config, work.mesh, subject.model, subject.optimizer)["params"])
+    prompt, key = on_v6e(jax.eval_shape(lambda: (jax.numpy.zeros((1, 64), "int32"), jax.random.key(0))))
+    compiled = train.make_sampler(config, 9, model=subject.model).lower(params, prompt, 64, key).compile()
+    device = work.mesh.devices.flat[0]
+    assert 0 < check_time.program_seconds(compiled, device) < 1
+    assert subject.config.n_layer == 12
