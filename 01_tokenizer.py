@@ -171,6 +171,7 @@ import pyarrow.parquet as pq
 import tiktoken
 from tokenizers import Regex, decoders
 
+from onechip.conversations import CHAT_SETTINGS, with_boundary, without_boundary
 from onechip.download import download_file, is_commit, look_up_files, newest_revision
 from onechip.errors import UserError, first_line, require, say
 from onechip.files import atomic_write, hash_file, read_json_or_none, write_json, write_text
@@ -785,7 +786,9 @@ if LOOK:
 # The file is `tokenizer.json`, in the format of the library that wrote it: no pickle, so nothing in it can run. One
 # switch is not part of the file: whether a special token that is spelled out in plain text becomes the special id. It
 # must not, or any web page could end a document. `load_tokenizer` therefore sets the switch again, and
-# `tokenizer_config.json` does so for `transformers`.
+# `tokenizer_config.json` does so for `transformers`. A model that was trained on conversations is exported with their
+# template as well, which needs the special tokens to be found in what it renders: there the template itself keeps
+# what is spelled out in a message text.
 #
 # Shards of tokens come with a tokenizer of their own, GPT-2's unless a `tokenizer.json` lies next to them: 50,257
 # tokens, of which `<|endoftext|>` opens a document, and none is for chats.
@@ -807,15 +810,16 @@ def save_tokenizer(tokenizer, path):
     write_text(path, tokenizer.to_str(pretty=True))
 
 
-def export_tokenizer(tokenizer, folder, **more):
+def export_tokenizer(tokenizer, folder, chat=False, **more):
     """Writes tokenizer.json for `tokenizers`, and next to it what `transformers.AutoTokenizer` needs.
 
+    chat: with the template of conversations, for a model that was trained on some (onechip/conversations.py).
     more: further entries of tokenizer_config.json, such as eos_token or model_max_length.
     """
-    save_tokenizer(tokenizer, folder / "tokenizer.json")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": opening_token(tokenizer), **more}
+    save_tokenizer(with_boundary(tokenizer) if chat else tokenizer, folder / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": opening_token(tokenizer)}
     settings |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}  # text stays text
-    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", {**settings, **(CHAT_SETTINGS if chat else {}), **more})
 
 
 def load_tokenizer(path):
@@ -824,7 +828,7 @@ def load_tokenizer(path):
     if not path.is_file():
         raise UserError(f"{path}: there is no tokenizer; run 01_tokenizer to train one")
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = without_boundary(Tokenizer.from_str(path.read_text(encoding="utf-8")))
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{path}: not a tokenizer.json ({first_line(error)}); delete it and run 01_tokenizer") from None
     needed = SPECIAL_TOKENS if opening_token(tokenizer) != GPT2_BOS else ()
@@ -1050,6 +1054,33 @@ def take_documents(documents, count, chars=1_000_000):
 
 
 BEGINNING = {"epoch": 0, "shard": 0, "row_group": 0, "document": 0}
+
+
+def check_position(position, vocab_size, packed=False):
+    """UserError, one line, unless a position is None or one that a stream, or packed rows, can have given.
+
+    It comes from a checkpoint, which may have been written by anybody.
+    """
+    if position is None:
+        return
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    remedy = "of the newest checkpoint: no place in the data; move that one elsewhere, and an older one is used"
+    refuse = lambda good, name, value: require(good, f"position, {name}", value, remedy)
+    for name in (*BEGINNING, *(("packed", "dropped") if packed else ()), *(("step",) if "step" in position else ())):
+        refuse(whole(position.get(name)), name, position.get(name))
+    for name in ("tokens", "lengths") if packed else ("tokens",):
+        array = position.get(name)
+        sound = isinstance(array, np.ndarray) and array.ndim == 1 and array.dtype.kind in "iu"
+        refuse(sound, name, array if array is None else f"{type(array).__name__} {np.shape(array)}")
+    last = int(position["tokens"].max(initial=0))
+    refuse(position["tokens"].min(initial=0) >= 0 and last < vocab_size, "tokens", last)
+    if packed:
+        lengths = position["lengths"]
+        fit = lengths.min(initial=1) > 0 and lengths.sum() == len(position["tokens"])
+        refuse(fit, "lengths", f"the sum {lengths.sum()} of {len(position['tokens'])} tokens")
+    log = position.get("log", {})
+    numbers = isinstance(log, dict) and all(type(value) in (int, float) for value in log.values())
+    refuse(numbers, "log", log)
 
 
 def reader_of(tokenizer, paths):

@@ -197,10 +197,29 @@ from onechip.export import (
     names_of_files,
     write_card,
 )
-from onechip.hub import open_mirror, upload_folder
+from onechip.hosts import is_first, spread
+from onechip.hub import upload_folder
 from onechip.layers import head_loss, head_losses, relu_squared, rms_norm, rope_and_norm, soft_cap, tokens_in_lanes
 from onechip.lock import RunLock
 from onechip.machine import give_back_machine, open_tensorboard, read_secret
+from onechip.mesh import (
+    AXES,
+    UNSHARED,
+    Spread,
+    as_shares,
+    build_mesh,
+    bytes_on_device,
+    compiler_options,
+    describe_mesh,
+    gather,
+    gather_all_but,
+    has_shares,
+    keep_no_gathered,
+    mean_over_devices,
+    meshes_of,
+)
+from onechip.mirror import check_mirror, open_mirror
+from onechip.questions import Text
 from onechip.resume import bring_back, describe_machine, find_data, find_tokenizer
 from onechip.rows import Embeddings, lookup
 from onechip.runfolder import TOKENIZER, RunFolder
@@ -219,7 +238,6 @@ from onechip.weights import (
     place_like,
     stored_like,
     uniform,
-    weight_shapes,
     widened,
 )
 
@@ -241,6 +259,7 @@ tok = importlib.import_module("01_tokenizer")
 ATTENTION_NAMES = ("einsum", "jax", "splash", "pallas")
 REMAT_NAMES = ("none", "dots", "all")
 PACKING_NAMES = ("stream", "best-fit")
+GATHER_NAMES = ("layer", "step")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,6 +292,8 @@ class TrainConfig:
     final_lr_frac: float = setting(0.0, "what it falls to, as a share of learning_rate", at_least=0, at_most=1)
     eval_every: int = setting(250, "steps between evaluations; 0 for one at the end only", at_least=0)
     eval_tokens: int = setting(1 << 20, "held-out tokens of an evaluation, whatever the batch size", at_least=1)
+    eval_core_every: int = setting(0, "steps between evaluations on tasks, as 06_eval's; 0 for none", at_least=0)
+    eval_core_examples: int = setting(200, "examples a task that such an evaluation asks; 0 for all", at_least=0)
     sample_every: int = setting(1000, "steps between samples; 0 for those at the end only", at_least=0)
     save_every: int = setting(1000, "steps between checkpoints; 0: by the clock and before the above", at_least=0)
     save_minutes: float = setting(15.0, "minutes between checkpoints at most; 0 for no such limit", at_least=0)
@@ -285,6 +306,10 @@ class TrainConfig:
     )
     param_seed: int = setting(42, "seed of the initial weights", fixed=True)
     loss_slice: int = setting(8192, "tokens whose logits exist at one time", at_least=1)
+    gather: str = setting(
+        "layer", "weights split over devices are whole: by layer, or all, once a step: faster, takes more memory",
+        choices=GATHER_NAMES,
+    )  # fmt: skip
     remat: str = setting(
         "none",
         "what gradients need of a layer and compute again: dots: all but products; all: all of it",
@@ -297,6 +322,11 @@ class TrainConfig:
         span = {"S": max(1, self.seq_len // 2), "L": self.seq_len}
         pattern = itertools.islice(itertools.cycle(self.window_pattern), self.n_layer - 1)
         return (*(span[letter] for letter in pattern), self.seq_len)
+
+    @property
+    def long_windows(self):
+        """The same in texts longer than seq_len, which only an evaluation has."""
+        return self.windows
 
     @property
     def score_scale(self):
@@ -365,10 +395,10 @@ class Config(TrainConfig):
 
     def smaller_models(self):
         """Configs of fewer heads, nearest first: what to propose where this one does not fit."""
-        for n in range(self.n_head - 1, 0, -1):
+        step = self.aspect_ratio // math.gcd(self.head_dim, self.aspect_ratio)  # so that n_layer stays whole
+        for n in range(self.n_head - step, 0, -step):
             kv = n if self.n_kv_head == self.n_head else math.gcd(n, self.n_kv_head)
-            if n * self.head_dim % self.aspect_ratio == 0:
-                yield dataclasses.replace(self, n_head=n, n_kv_head=kv)
+            yield dataclasses.replace(self, n_head=n, n_kv_head=kv)
 
 
 # %% [markdown]
@@ -391,9 +421,13 @@ PRESETS = {
 
 # %% cellView="form"
 # @title Relations between fields
+MOST_LAYERS = 4096  # far beyond any model; a table of billions would take the machine's memory before it is refused
+
+
 def check_relations(config):
     """Raises UserError for the first relation between a Config's fields that cannot work."""
     c = config
+    require(c.n_layer <= MOST_LAYERS, "n_layer", c.n_layer, f"must be at most {MOST_LAYERS}")
     require(c.num_iterations < 2**31, "num_iterations", c.num_iterations, "must fit into 32 bits")
     ramps = (0 if c.warmup_steps else c.warmup_ratio) + c.warmdown_ratio
     require(ramps <= 1, "warmup_ratio + warmdown_ratio", ramps, "must not exceed 1")
@@ -402,6 +436,7 @@ def check_relations(config):
     letters = bool(c.window_pattern) and set(c.window_pattern) <= {"S", "L"}
     require(letters, "window_pattern", c.window_pattern, 'use the letters S and L, such as "SSSL" or "L"')
     batches = f"must be a multiple of device_batch_size={c.device_batch_size}"
+    require(c.total_batch_size < 2**31, "total_batch_size", c.total_batch_size, "must fit into 32 bits")
     require(c.total_batch_size % c.device_batch_size == 0, "total_batch_size", c.total_batch_size, batches)
     stages_of(c)
     if c.attn_impl in ("splash", "pallas"):
@@ -489,10 +524,10 @@ if LOOK:
 
 # %%
 @functools.lru_cache(maxsize=4)
-def rope_tables(config):
-    """Cosines and signed sines of the rotary angles over a whole head: NumPy float32 (T, H) each."""
+def rope_tables(config, length=0):
+    """Cosines and signed sines of the rotary angles over a whole head: NumPy float32 (length or seq_len, H) each."""
     frequencies = config.rope_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    angles = np.outer(np.arange(config.seq_len), frequencies)
+    angles = np.outer(np.arange(length or config.seq_len), frequencies)
     cos, sin = np.cos(angles), np.sin(angles)
     return np.hstack([cos, cos]).astype(np.float32), np.hstack([sin, -sin]).astype(np.float32)
 
@@ -704,14 +739,19 @@ def backbone(config, model, params, tokens, cache=None):
     """
     start, before, past = (0, None, [None] * config.n_layer) if cache is None else cache
     rope = rope_at(config, start, tokens.shape[1])
+    params = gather_all_but(params, "layers", "lm_head")
+    policy = REMAT_POLICIES.get(config.remat, keep_no_gathered if has_shares(params) else None)
     with jax.named_scope("embedding"):
         streams, added = [model.embed(config, params, tokens, before)], []
-    for i in range(config.n_layer):
+
+    def run_layer(i, params, streams):
+        layers = [gather(layer) if n == i else layer for n, layer in enumerate(params["layers"])]
         attend_here = functools.partial(attend, config, i, rope, start, past[i])
-        block = lambda params, streams, i=i, here=attend_here: model.block(config, params, i, streams, tokens, here)
-        if config.remat != "none":
-            block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat])
-        x, kv = block(params, streams)
+        return model.block(config, params | {"layers": layers}, i, streams, tokens, attend_here)
+
+    for i in range(config.n_layer):
+        block = functools.partial(run_layer, i)
+        x, kv = (jax.checkpoint(block, policy=policy) if policy else block)(params, streams)
         streams.append(tokens_in_lanes(x))
         added.append(kv)
     hidden = model.readout(config, params, streams)
@@ -802,7 +842,8 @@ def cross_entropy(config, model, params, batch):
     batch: {"x", "y": (B, T) int32} and, if not every target counts, {"mask": (B, T)}; params: cast already.
     """
     hidden, _ = backbone(config, model, params, batch["x"])
-    return head_loss(config.softcap, config.loss_slice, hidden, params["lm_head"], batch["y"], batch.get("mask"))
+    lm_head = gather(params["lm_head"])
+    return head_loss(config.softcap, config.loss_slice, hidden, lm_head, batch["y"], batch.get("mask"))
 
 
 def token_losses(config, model, params, x, y):
@@ -846,7 +887,7 @@ def adamw_init(config, weights, params):
     return {"mu": jax.tree.map(jnp.zeros_like, params), "nu": jax.tree.map(jnp.zeros_like, params)}
 
 
-def adamw_update(config, weights, params, state, grads, step):
+def adamw_update(config, weights, params, state, grads, step, spread=UNSHARED):
     """(parameters, moments) after 0-based step `step`; decoupled weight decay, on all but scalars."""
     rate = learning_rate_at(config, step)
     b1, b2, t = config.beta1, config.beta2, step + 1.0
@@ -893,8 +934,8 @@ if LOOK:
 #
 # A step is one program: microbatches in a `lax.scan` that sums float32 gradients, one mean over the devices, the
 # update. Parameters and optimizer state are donated, so the new ones take the old ones' memory, 3.2 GB at the default
-# size. Each device runs the same code on its share of the batch (`shard_map` over a mesh of one axis), and the
-# gradients meet once a step, not once a microbatch. One chip is the mesh of one.
+# size. Each device runs the same code on its share of the batch (`shard_map` over a mesh of two axes, `data` and
+# `fsdp`), and the gradients meet once a step, not once a microbatch. One chip is the mesh of one.
 #
 # Why microbatches of two, when memory would hold sixteen? A v6e keeps 128 MiB on the chip, for all that is in use at a
 # time. The widest activation of two sequences, 2 x 2048 x 4096 in bfloat16, is 32 MiB and stays there; that of four
@@ -902,23 +943,37 @@ if LOOK:
 # the same batch of 64 reached 48.3 % MFU as 16 x 4 and 42.6 % as 4 x 16, all T keys counted (timings of
 # [vorushin/tpuchat](https://github.com/vorushin/tpuchat), the project that this one began as).
 #
-# `SHARDING` says which axis of an array is split over which axis of the mesh: the batch, and nothing else. Every
-# weight is therefore on every device. A letter of the weights added to it splits them at rest: `"F": "data"` keeps
-# each device's share of the MLPs, and XLA gathers them for the step.
+# `SHARDING` says which axis of an array is split over which axis of the mesh: the batch over both, `D`, which every
+# matrix has, over `fsdp`. With `--mesh data=8` each device has all weights, as on one chip. With `--mesh data=2,fsdp=4`
+# it has a quarter of the weights, of their gradients and of the optimizer's state: a layer is gathered when its turn
+# comes, and once more for its gradient, or all of them once a step (`--gather step`). `onechip/mesh.py` has the
+# mechanism, docs/slices.md the rest: several hosts, what it costs, how to start.
 
 
 # %%
-SHARDING = {"B": "data"}
+SHARDING = {"B": AXES, "D": "fsdp", "W": "fsdp"}
 
 
-def make_mesh(devices=None):
-    """A one-dimensional mesh, axis "data", over the given or all local devices."""
-    return jax.sharding.Mesh(np.asarray(devices or jax.local_devices()), ("data",))
+def make_mesh(devices=None, shape=""):
+    """A mesh with the axes "data" and "fsdp" over the given or all devices; shape: as --mesh has it."""
+    return build_mesh(devices or jax.devices(), shape)
 
 
 def sharding_of(mesh, axes):
     """Where an array lies whose axes are these letters, "DNH" or "BT"; "" for one that is whole everywhere."""
-    return NamedSharding(mesh, PartitionSpec(*(SHARDING.get(letter) for letter in axes)))
+    axis_of = lambda letter: None if mesh.shape.get(SHARDING.get(letter)) == 1 else SHARDING.get(letter)
+    return NamedSharding(mesh, PartitionSpec(*map(axis_of, axes)))
+
+
+def check_mesh(config, mesh):
+    """Raises UserError unless a mesh divides the batch and what SHARDING splits of the weights."""
+    remedy = f"must be a multiple of device_batch_size * devices = {config.device_batch_size} * {mesh.size}"
+    divides = config.total_batch_size % (config.device_batch_size * mesh.size) == 0
+    require(divides, "total_batch_size", config.total_batch_size, remedy)
+    for letter, size in config.sizes.items():
+        parts = mesh.shape.get(SHARDING.get(letter), 1)
+        remedy = f"must divide n_embd={config.n_embd}" if letter == "D" else f"must divide {letter}={size}"
+        require(size % parts == 0, "mesh", describe_mesh(mesh), f"fsdp={parts} {remedy}")
 
 
 def new_state(config, model, optimizer, key):
@@ -956,13 +1011,20 @@ def shares_of_targets(batch, rows):
     if "mask" not in batch:
         return None
     counts = jnp.sum(batch["mask"].reshape(-1, rows * batch["mask"].shape[1]), axis=1, dtype=jnp.float32)
-    mean = jax.lax.pmean(jnp.mean(counts), "data")
+    mean = jax.lax.pmean(jnp.mean(counts), AXES)
     return counts / jnp.where(mean > 0, mean, 1.0)
+
+
+def once_a_step(config, weight):
+    """Whether a weight that is split over devices is gathered once a step, not for each microbatch."""
+    return weight.kind == "embed" or config.gather == "step"
 
 
 def accumulate_grads(config, weights, loss, params, batch):
     """Mean loss and float32 gradients over this device's microbatches; loss(params, batch) -> float32 scalar."""
     cast_once = cast_weights(weights, params, config.dtype)  # the float32 masters are read once a step
+    # Any token may need any row: tables are gathered once a step, layers then as well, or when their turn comes.
+    cast_once = jax.tree.map(lambda w, p: gather(p) if once_a_step(config, w) else p, weights, cast_once)
     embeddings, kernel = Embeddings(weights, cast_once), config.attn_impl in ("splash", "pallas")
     shares = shares_of_targets(batch, config.device_batch_size)
     microbatches = jax.tree.map(lambda a: a.reshape(-1, config.device_batch_size, *a.shape[1:]), batch)
@@ -970,10 +1032,10 @@ def accumulate_grads(config, weights, loss, params, batch):
 
     def grads_of(batch, share):
         """(loss, float32 gradients of all but embeddings, gradients of the embeddings' rows)."""
-        loss_of = lambda others, rows: loss(embeddings.join(rows, others), batch)
+        weight = 1.0 if share is None else share  # before the gradient: that of a split weight is a sum over devices
+        loss_of = lambda others, rows: weight * loss(embeddings.join(rows, others), batch)
         value, (others, rows) = jax.value_and_grad(loss_of, (0, 1))(embeddings.others, embeddings.rows(batch["x"]))
-        found = value, jax.tree.map(lambda g: g.astype(jnp.float32), others), rows
-        return found if share is None else jax.tree.map(lambda g: (g * share).astype(g.dtype), found)
+        return value, jax.tree.map(lambda g: g.astype(jnp.float32), others), rows
 
     if count == 1:
         batch, share = jax.tree.map(lambda a: a[0], (microbatches, shares))
@@ -999,18 +1061,20 @@ def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_en
     would keep running the old function after its cell was edited.
     """
     mesh = mesh or make_mesh()
-    remedy = f"must be a multiple of device_batch_size * devices = {config.device_batch_size} * {mesh.size}"
-    divides = config.total_batch_size % (config.device_batch_size * mesh.size) == 0
-    require(divides, "total_batch_size", config.total_batch_size, remedy)
+    check_mesh(config, mesh)
     weights = model.weights(config)
     whole, split = PartitionSpec(), sharding_of(mesh, "B").spec
+    specs = jax.tree.map(lambda weight: sharding_of(mesh, weight.letters).spec, weights)
+    spread = Spread(mesh, lambda weight: sharding_of(mesh, weight.letters).spec)
 
     def device_grads(params, batch):
-        grads = accumulate_grads(config, weights, functools.partial(loss, config, model), params, batch)
-        return jax.lax.pmean(grads, "data")
+        loss_here = functools.partial(loss, config, model)
+        value, grads = accumulate_grads(config, weights, loss_here, as_shares(specs, params), batch)
+        return jax.lax.pmean(value, AXES), mean_over_devices(specs, grads)
 
     # check_vma=False: the kernels' outputs do not say over which axes they vary.
-    all_grads = jax.shard_map(device_grads, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False)
+    places = {"in_specs": (specs, split), "out_specs": (whole, specs)}
+    all_grads = jax.shard_map(device_grads, mesh=mesh, check_vma=False, **places)
 
     def train_step(state, batch):
         params, step = state["params"], state["step"]
@@ -1020,13 +1084,14 @@ def make_train_step(config, mesh=None, model=GPT, optimizer=ADAMW, loss=cross_en
             if config.grad_clip:
                 grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.grad_clip / (norm + 1e-6)), grads)
             before = params, state["opt"]
-            after = optimizer.update(config, weights, *widened(before), grads, step)
+            after = optimizer.update(config, weights, *widened(before), grads, step, spread)
             params, opt = stored_like(after, before)
         metrics = {"loss": value, "grad_norm": norm, "lr": learning_rate_at(config, step)}
         return {"params": params, "opt": opt, "step": step + 1}, metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(config, mesh, model, optimizer))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding_of(mesh, "")))
+    places = {"out_shardings": (shardings, sharding_of(mesh, "")), "compiler_options": compiler_options(mesh)}
+    return jax.jit(train_step, donate_argnums=0, **places)
 
 
 # %%
@@ -1063,10 +1128,12 @@ def workload(mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, batch=("x", "
     """What fit.py has to know of a training step on a mesh: how to lower it, and what it counts."""
 
     def count(config):
-        params = weight_shapes(config, weights := model.weights(config))
-        state = jax.eval_shape(functools.partial(optimizer.init, config, weights), params)
-        sizes = {"param_bytes": bytes_of(params), "state_bytes": bytes_of(state)}
-        return {"params": count_params(config, model)["total"], **sizes}
+        state, weights = state_shapes(config, mesh, model, optimizer), model.weights(config)
+        split = lambda w, p: math.prod(p.shape if once_a_step(config, w) else p.sharding.shard_shape(p.shape))
+        held = sum(jax.tree.leaves(jax.tree.map(split, weights, state["params"])))
+        sizes = {"param_bytes": bytes_on_device(state["params"]), "state_bytes": bytes_on_device(state["opt"])}
+        whole = bytes_of(state["params"]) + bytes_of(state["opt"])
+        return {"params": count_params(config, model)["total"], "held": held, "whole_bytes": whole, **sizes}
 
     return fit.Workload(
         mesh=mesh,
@@ -1076,12 +1143,12 @@ def workload(mesh, model=GPT, optimizer=ADAMW, loss=cross_entropy, batch=("x", "
     )
 
 
-def compile_for_chip(config, topology="v6e:1x1", model=GPT, **parts):
+def compile_for_chip(config, topology="v6e:1x1", model=GPT, mesh="", **parts):
     """The training step compiled ahead of time for a TPU topology, as a jax.stages.Compiled; nothing is run.
 
-    parts, here and below: the optimizer, loss and batch of `workload`.
+    mesh: in words, as --mesh has it; parts, here and below: the optimizer, loss and batch of `workload`.
     """
-    return fit.compile_step(workload(make_mesh(topology_devices(topology)), model, **parts), config)
+    return fit.compile_step(workload(make_mesh(topology_devices(topology), mesh), model, **parts), config)
 
 
 def preflight(config, topology="", model=GPT, **parts):
@@ -1092,10 +1159,16 @@ def preflight(config, topology="", model=GPT, **parts):
 def show_fit(config, run, model=GPT, **parts):
     """Prints what a Run's step needs, or refuses it, on the devices attached here or the topology in --preflight.
 
-    With a topology or "here": also compares microbatches, searches for the largest batch, then exits.
+    Returns the Run with its mesh: of those that --mesh leaves open, the one that splits least and fits. With a topology
+    or "here": also compares microbatches, searches for the largest batch, then exits.
     """
-    mesh = make_mesh(topology_devices("" if run.preflight == "here" else run.preflight))
-    fit.show(workload(mesh, model, **parts), config, bool(run.preflight), run.units_per_hour)
+    devices = topology_devices("" if run.preflight == "here" else run.preflight)
+    split = [size for letter, size in config.sizes.items() if SHARDING.get(letter) == "fsdp"]
+    meshes = [run.mesh] if run.mesh else meshes_of(len(devices), math.gcd(*split))
+    works = [workload(make_mesh(devices, mesh), model, **parts) for mesh in meshes]
+    check_mesh(config, works[0].mesh)
+    work = fit.show(works, config, bool(run.preflight), run.units_per_hour)
+    return dataclasses.replace(run, mesh=describe_mesh(work.mesh))
 
 
 # %% [markdown]
@@ -1121,7 +1194,14 @@ def pretraining_batches(config, corpus, tokenizer, position=None):
     """(batch, position after it) without end, of a corpus from a position on, by the config's packing and stages.
 
     The last stage has no end here: what ends it is the run. With stages, a position also has the "step" that is next.
+    UserError, at once, for what cannot be a position.
     """
+    tok.check_position(position, tokenizer.get_vocab_size(), config.packing == "best-fit")
+    return batches_from(config, corpus, tokenizer, position)
+
+
+def batches_from(config, corpus, tokenizer, position):
+    """The generator of pretraining_batches."""
     step = (position or {}).get("step", 0)
     for end, c in stages_of(config):
         B, T = c.total_batch_size, c.seq_len
@@ -1137,14 +1217,89 @@ def pretraining_batches(config, corpus, tokenizer, position=None):
                 yield batch_of(tokens, T), position
 
 
+def make_caster(config, model, mesh):
+    """A jitted function of params -> the parameters in the compute type, whole on every device of a mesh."""
+    weights = model.weights(config)
+    cast = functools.partial(cast_weights, weights, dtype=config.dtype)
+    return jax.jit(cast, out_shardings=sharding_of(mesh, ""))
+
+
 def make_evaluator(config, model, mesh, held_out, token_bytes):
     """A function of params -> {"val_loss": nats per token, "val_bpb": bits per byte} on the held-out rows."""
 
-    def losses(params, x, y):
-        return token_losses(config, model, cast_weights(model.weights(config), params, config.dtype), x, y)
+    rows, losses = config.device_batch_size * mesh.size, functools.partial(token_losses, config, model)
+    score = make_scorer(losses, sharding_of(mesh, "B"), rows, held_out.x, held_out.y, token_bytes)
+    cast = make_caster(config, model, mesh)
+    return lambda params: score(cast(params))
 
-    rows = config.device_batch_size * mesh.size
-    return make_scorer(losses, sharding_of(mesh, "B"), rows, held_out.x, held_out.y, token_bytes)
+
+# %% [markdown]
+# An evaluation such as CORE asks for more: the loss of some tokens of each text, and whether each is the likeliest one,
+# in prompts of 20 to 4,000 tokens. `onechip/answers.py` pads them to few lengths and computes once what the answers to
+# a question share. Here it gets what it needs of a model: rotary angles as far as a prompt goes, and an attention
+# for each length. Texts longer than `seq_len` are not cut: windows stay those of training.
+
+
+# %%
+def attention_for(config, length):
+    """The attention for texts of that many tokens: the config's, or Splash where a head is too long for `pallas`."""
+    if config.attn_impl == "pallas":
+        from onechip.kernels import MOST_ENTRIES
+
+        return ATTENTIONS["pallas" if length * config.head_dim <= MOST_ENTRIES else "splash"]
+    return ATTENTIONS[config.attn_impl]
+
+
+def make_answerer(config, model, mesh):
+    """The Answerer of a model: a function of params -> score(questions), the Scores of Texts (onechip/questions.py)."""
+    from onechip.answer_rows import BatchSizes
+    from onechip.answers import Answerer, Parts
+
+    parts = Parts(functools.partial(rope_tables, config), functools.partial(attention_for, config), masked_attention)
+    kernel = config.attn_impl in ("splash", "pallas")  # their programs take longer to compile, and chips are faster
+    sizes = BatchSizes(128 if kernel else 32, config.device_batch_size * config.seq_len, 1 << (22 if kernel else 17))
+    return Answerer(config, model, sharding_of(mesh, "B"), parts, sizes)
+
+
+def suite_for(corpus):
+    """(name, EvalTasks) of what a model of that corpus is asked: CORE, or tasks made from the offline corpus where the
+    data is not of the Hub and there may be no network."""
+    if corpus.name in [dataset.name for dataset in tok.DATASETS.values()]:
+        from onechip.bundle import open_bundle
+
+        return "CORE", open_bundle()
+    from onechip.made_tasks import make_tasks
+
+    return "made", make_tasks(text for _, text in tok.read_documents(tok.offline_corpus().val))
+
+
+def make_asker(corpus, tokenizer, config, model, mesh):
+    """A function of params -> {"tasks/core": mean centred accuracy, "tasks/<label>": accuracy}, for Task.ask.
+
+    Of eval_core_examples a task; the first name says "core_subset" where that leaves any out, or "made".
+    """
+    from onechip.core import ask
+    from onechip.verdicts import accuracy, core
+
+    (suite, tasks), answerer = suite_for(corpus), make_answerer(config, model, mesh)
+    bos, limit = tok.opening_id(tokenizer), config.eval_core_examples
+    encode = lambda texts: [ids[1:] for ids in tok.encode_batch(tokenizer, texts)]
+    whole = limit == 0 or all(len(task.items) <= limit for task in tasks)
+    name = f"tasks/{suite.lower()}" if whole else f"tasks/{suite.lower()}_subset"
+
+    def figures(params):
+        score = answerer(params)
+        outcomes = [ask(task, encode, bos, score, limit) for task in tasks]
+        return {name: core(outcomes), **{f"tasks/{outcome.label}": accuracy(outcome) for outcome in outcomes}}
+
+    return figures
+
+
+# %%
+if LOOK:
+    question = [Text([*range(40), *answer], 40, 40 + len(answer)) for answer in ([40, 41], [7])]
+    (scores,) = make_answerer(toy, GPT, toy_mesh)(toy_state["params"])([question])
+    print("nats of two answers to a question:", ", ".join(f"{score.nats:.2f} of {score.count}" for score in scores))
 
 
 # %% [markdown]
@@ -1171,6 +1326,7 @@ def pretraining(config, corpus, tokenizer):
         loss=cross_entropy,
         score=lambda config, model, mesh: make_evaluator(config, model, mesh, held_out, lengths),
         metric="val_bpb",
+        ask=functools.partial(make_asker, corpus, tokenizer),
         origin={"data": data, "tokenizer_sha256": tok.tokenizer_hash(tokenizer)},
         facts={"gzip_bits_per_byte": held_out.gzip_bpb, "dataset": dataset},
         files={TOKENIZER: tokenizer.to_str(pretty=True).encode()},
@@ -1228,18 +1384,20 @@ def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sampl
     """Trains from the newest checkpoint in `run_dir`, or from the seed, to config.num_iterations; returns a Result.
 
     sample(params) -> [(prompt, continuation)]; session: Session's keywords, such as on_log(row), which gets every row
-    of metrics.jsonl as a dict, mirror, a HubMirror that keeps checkpoints elsewhere, and notes, JSON such as a wandb
+    of metrics.jsonl as a dict, mirror, a Mirror that keeps checkpoints elsewhere, and notes, JSON such as a wandb
     run's id, which travel in them. KeyboardInterrupt and SIGTERM save what was reached and return it. UserError: bad
     input, or a loss that is not finite.
     """
     mesh = mesh or make_mesh()
     train_step = make_steps(config, mesh, model, optimizer, task)
     score = task.score(config, model, mesh)
-    write_samples = sample or (lambda params: [])
+    ask = task.ask(config, model, mesh) if config.eval_core_every else None
+    cast = make_caster(config, model, mesh)
+    write_samples = lambda params: sample(cast(params)) if sample else []
     origin = {"model": model.name, "optimizer": optimizer.name, **task.origin, **describe_machine(mesh)}
     with Session(run_dir, config, origin, metric=task.metric, **session) as run:
         state = run.restore(state_shapes(config, mesh, model, optimizer)) or init_state(config, mesh, model, optimizer)
-        place = functools.partial(jax.device_put, device=sharding_of(mesh, "B"))
+        place = functools.partial(spread, sharding=sharding_of(mesh, "B"))
         work, stages = workload(mesh, model, optimizer), [c for _, c in stages_of(config)]
         paces = {(c.total_batch_size, c.seq_len): fit.peak_rate(work, c) for c in stages}
         run.begin(state, task.batches, place, paces=paces, facts=task.facts, files=task.files)
@@ -1250,6 +1408,9 @@ def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sampl
                 if run.due("eval"):
                     run.save()
                     run.record(score(run.state["params"]))
+                if run.due("eval_core"):
+                    run.save()
+                    run.record(ask(run.state["params"]))
                 if run.due("sample"):
                     run.save()
                     run.show(write_samples(run.state["params"]))
@@ -1257,6 +1418,8 @@ def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sampl
             run.save()
         if run.is_complete:
             run.record(score(run.state["params"]))
+            if config.eval_core_every:
+                run.record(ask(run.state["params"]))
             run.samples = write_samples(run.state["params"])
         return run.result()
 
@@ -1418,6 +1581,11 @@ if __name__ == "__main__" and CHECK:
 # What runs is decided by what is here, reported in a line each, and yours to change: write `OVERRIDES` the way it
 # would be on a command line, `"--preset laptop --num_iterations 200"`, or pass the same words to `uv run 02_train.py`.
 # A run is named after its settings: Run all again resumes it, and a changed setting starts a new run.
+#
+# **Several hosts** train one model if the same command is started on each. A TPU slice and Slurm say who is there;
+# elsewhere add `--coordinator 10.0.0.2:8476 --hosts 4 --host 0`, and `--host 1` to 3 on the others. `--out` is a folder
+# that all of them share. The batch is that of one host, so a run may resume with another number of them. Host 0 prints
+# and writes; when a host is gone, the others say which, end, and the same command resumes.
 
 # %%
 PROMPTS = {
@@ -1443,12 +1611,13 @@ def choose_parts(model, overrides="", run_class=Run, optimizer=ADAMW):
     run, config = choose(
         config_with(model.config, optimizer.settings), presets_of(model, optimizer), overrides, run_class
     )
+    check_mirror(run)
     return run, config, optimizer
 
 
 def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
     """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer, mirror)."""
-    mirror, folder = open_mirror(run, hub_token), RunFolder(Path(run.out) / run.name)
+    mirror, folder = open_mirror(run, hub_token) if is_first() else None, RunFolder(Path(run.out) / run.name)
     accept = [name for name, given in (("data", run.other_data), ("owner", run.take_over)) if given]
     session = {"mirror": mirror, "accept": accept, "hours": run.session_hours}
     with RunLock(folder.lock, run.take_over) as lock:
@@ -1458,7 +1627,7 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
         tokenizer = tok.load_tokenizer(kept) if kept else tok.get_tokenizer(corpus, config.vocab_size)
         task = pretraining(config, corpus, tokenizer)
         sample = make_sample_writer(config, tokenizer, PROMPTS.get(corpus.name, PROMPTS["default"]), model)
-        parts = {"model": model, "optimizer": optimizer, "sample": sample}
+        parts = {"model": model, "optimizer": optimizer, "sample": sample, "mesh": make_mesh(shape=run.mesh)}
         result = train(config, task, folder.path, **parts, lock=lock, **session)
     return result, tokenizer, mirror
 
@@ -1470,7 +1639,7 @@ if __name__ == "__main__":
     prepare()
     run, config, optimizer = choose_parts(GPT, OVERRIDES)
     print(describe_model(config))
-    show_fit(config, run, optimizer=optimizer)
+    run = show_fit(config, run, optimizer=optimizer)
 
 # %% [markdown]
 # Nothing has been downloaded yet, and a config that does not fit has been refused. The curve below grows with every
@@ -1567,7 +1736,7 @@ def export_model(result, tokenizer, source="", notes=PLAIN_WEIGHTS, **style):
 # %%
 GIVE_BACK = False  # @param {type:"boolean"}
 
-if __name__ == "__main__":
+if __name__ == "__main__" and is_first():
     folder = export_model(result, tokenizer, mirror.repo if mirror else "")
     uploaded = upload_folder(folder, names_of_files(folder), hub_token, run.hub_repo, f"onechip-{run.name}")
     if GIVE_BACK:

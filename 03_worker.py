@@ -165,6 +165,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -177,18 +178,33 @@ from typing import NamedTuple
 import jax
 
 from onechip.doors import config_with
-from onechip.errors import UserError, first_line, report_in_one_line, require, say
-from onechip.files import age_of, atomic_write, create_whole, read_json_lines, read_json_or_none, write_json, write_text
+from onechip.errors import UserError, first_line, report_in_one_line, require, say, show_value
+from onechip.files import (
+    age_of,
+    atomic_write,
+    cannot_write,
+    clear_abandoned,
+    create_whole,
+    read_json_lines,
+    read_json_or_none,
+    require_writable,
+    write_json,
+    write_text,
+)
 from onechip.fit import DoesNotFit
 from onechip.machine import deferred_interrupt, git_commit, read_secret
+from onechip.perchip import run_on_each_chip
 from onechip.plots import show_picture
 from onechip.runfolder import RunFolder
-from onechip.settings import BELOW, Run, check_fields, is_below, parse_settings, peek, setting, settle
+from onechip.settings import BELOW, Run, check_fields, is_below, parse_settings, peek, setting, settle, words_of
 from onechip.stages import count_tokens
 from onechip.tables import table
 
 train = importlib.import_module("02_train")
 tok = importlib.import_module("01_tokenizer")
+
+
+TASKS = "tasks/"  # names of figures begin with it where higher is better
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,12 +215,17 @@ class Settings:
     where: str = setting("", "wandb or local; empty: wandb if there is a key and the preset is not laptop")
     sweep: str = setting("", "id of a wandb sweep to join, [entity/project/]id; empty: the one of these settings")
     count: int = setting(0, "trials that this worker runs; 0: until the sweep is over", at_least=0)
+    chips: str = setting("all", "a trial's chips: all of this host, or one, with a worker each", choices=("all", "one"))
     run_cap: int = setting(0, "trials of the whole sweep; 0: 6 for the laptop preset, else 30", at_least=0)
     budget: str = setting("tokens", "what every trial gets the same amount of", choices=("tokens", "flops"))
     evaluations: int = setting(
         5, "evaluations in a trial, evenly spaced: the points at which it can be stopped early", at_least=1
     )
     method: str = setting("bayes", "how the next trial is chosen", choices=("bayes", "random", "grid"))
+    metric: str = setting(
+        "val_bpb",
+        "what is made best: val_bpb, or a figure of tasks, as in metrics.jsonl: tasks/core_subset, tasks/made",
+    )
     project: str = setting("onechip", "wandb project")
     any_version: bool = setting(False, "run even if commit or data differ from those of the sweep")
     give_up: int = setting(12, "failed trials in a row that end a worker; 0: never", at_least=0)
@@ -215,6 +236,8 @@ class Settings:
     def __post_init__(self):
         check_fields(self)
         require(self.where in ("", "wandb", "local"), "where", self.where, "use wandb or local")
+        known = self.metric == "val_bpb" or self.metric.startswith(TASKS)
+        require(known, "metric", self.metric, f"use val_bpb, or a figure that begins with {TASKS}")
 
 
 # %% [markdown]
@@ -272,7 +295,18 @@ SHORT = {
     "gpu": {"num_iterations": 1000},
     "laptop": {"num_iterations": 60, "eval_tokens": 1 << 14},
 }
-METRIC = "val_bpb"
+
+
+def metric_of(sweep):
+    """The name of the figure that a sweep makes best."""
+    return sweep["metric"]["name"]
+
+
+def cost_of(value, sweep):
+    """A value of that figure as a number that is to be low; infinite for None."""
+    if value is None:
+        return math.inf
+    return -value if sweep["metric"]["goal"] == "maximize" else value
 
 
 def trial_presets(model, optimizer):
@@ -295,10 +329,12 @@ def make_sweep(settings, run, config, space, corpus):
     data = run.data if run.data in ("offline", *tok.DATASETS) else ""  # a folder's path is each worker's own
     origin = (git_commit() or "", data, corpus.name, corpus.revision, run.num_shards)
     origin += (settings.budget, size, settings.evaluations, settings.model, optimizer)
-    values = fixed | dict(zip(ORIGIN, origin, strict=True))
+    values, goal = fixed | dict(zip(ORIGIN, origin, strict=True)), "minimize"
+    if settings.metric.startswith(TASKS):
+        values["eval_core_every"], goal = max(1, config.eval_core_every), "maximize"
     sweep = {
         "method": settings.method,
-        "metric": {"name": METRIC, "goal": "minimize"},
+        "metric": {"name": settings.metric, "goal": goal},
         "early_terminate": {"type": "hyperband", "min_iter": max(1, settings.evaluations // 4), "eta": 2},
         "run_cap": settings.run_cap or (6 if run.preset == "laptop" else 30),
         "parameters": {**{name: {"value": value} for name, value in values.items()}, **space},
@@ -378,13 +414,16 @@ def extremes(name, spec):
     return bounds
 
 
-def check_origin(sweep, place):
-    """UserError unless a sweep's dictionary has what this notebook writes into one."""
+def check_origin(sweep, place, *more):
+    """UserError unless a sweep's dictionary has what this notebook writes into one, the keys `more` too."""
     parameters = sweep.get("parameters")
     known = constants(sweep) if isinstance(parameters, dict) else {}
-    missing = [key for key in ("method", "metric", "parameters") if key not in sweep]
+    missing = [key for key in ("method", "metric", "parameters", *more) if key not in sweep]
     missing += [name for name in ORIGIN if name not in known]
     require(not missing, "sweep", place, f"was not created by this notebook: it lacks {', '.join(missing)}")
+    cap = sweep.get("run_cap", 1)
+    whole = isinstance(cap, int) and cap > 0
+    require(whole, "sweep", place, f"was not created by this notebook: its run_cap is {show_value(cap)}")
 
 
 def check_sweep(sweep):
@@ -435,6 +474,7 @@ def trial_config(parameters):
     step = config.total_batch_size * config.seq_len * per_token
     every = max(1, round(parameters["budget_size"] / step / count))
     derived = {"num_iterations": every * count, "eval_every": every, "sample_every": 0, "save_every": 0, "keep": 1}
+    derived["eval_core_every"] = every if config.eval_core_every else 0
     return dataclasses.replace(config, **derived)
 
 
@@ -468,7 +508,7 @@ if LOOK:
 
 
 # %%
-class Outcome(NamedTuple):
+class TrialEnd(NamedTuple):
     """How a trial ended, and why: finished, stopped (early), failed, interrupted (to be handed out again) or lost."""
 
     state: str
@@ -489,8 +529,8 @@ class Request:
         self.outcome, self.began, self._delivered = None, False, False
 
     def ask(self, state, reason):
-        """Asks the trial to end with this Outcome, unless it was asked before."""
-        self.outcome = self.outcome or Outcome(state, reason)
+        """Asks the trial to end with this TrialEnd, unless it was asked before."""
+        self.outcome = self.outcome or TrialEnd(state, reason)
 
     def obey(self):
         """Raises, once, what makes train() end: KeyboardInterrupt if it is to save first."""
@@ -513,17 +553,20 @@ class Job(NamedTuple):
     on_start: Callable = ignore  # gets the Config, once it is known that it fits
     on_evaluation: Callable = ignore  # gets all evaluations so far, as rows of metrics.jsonl
     is_lost: Callable = lambda: False  # whether another worker has taken the trial over
+    metric: str = "val_bpb"  # the figure that the sweep makes best
 
 
-def read_evaluations(run_dir):
-    """The rows of metrics.jsonl that hold an evaluation, those from before an interruption included."""
-    path = RunFolder(run_dir).metrics
-    rows = read_json_lines(path, growing=True) if path.exists() else []
-    return [row for row in rows if METRIC in row]
+def read_evaluations(run_dir, metric="val_bpb"):
+    """The evaluations that have a figure, those from before an interruption included: all scores of a step in one."""
+    path, scores = RunFolder(run_dir).metrics, {}
+    for row in read_json_lines(path, growing=True) if path.exists() else []:
+        if "loss" not in row:
+            scores[row["step"]] = scores.get(row["step"], {}) | row
+    return [row for row in scores.values() if metric in row]
 
 
 def attempt(job, corpus):
-    """Trains a Job's model; returns its Outcome, or raises what went wrong."""
+    """Trains a Job's model; returns its TrialEnd, or raises what went wrong."""
     config = trial_config(job.parameters)
     tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
     model, optimizer = (train.model_named(job.parameters["model"]), train.optimizer_named(job.parameters["optimizer"]))
@@ -537,16 +580,16 @@ def attempt(job, corpus):
 
     def listen(row):
         if row["step"] < config.num_iterations:  # a complete trial is not ended early
-            if METRIC in row:
-                job.on_evaluation(read_evaluations(job.run_dir))
+            if job.metric in row:
+                job.on_evaluation(read_evaluations(job.run_dir, job.metric))
             job.request.obey()
 
     # "owner": who has a trial is decided before, by its lease or by wandb, and not by the lock of its run.
     options = {"accept": ("owner",), "on_log": listen, "notes": {"trial": job.name}}
     options |= {"model": model, "optimizer": optimizer}
     result = train.train(config, task._replace(batches=batches), job.run_dir, **options)
-    job.on_evaluation(read_evaluations(job.run_dir))
-    return Outcome("finished") if result.step == config.num_iterations else job.request.outcome
+    job.on_evaluation(read_evaluations(job.run_dir, job.metric))
+    return TrialEnd("finished") if result.step == config.num_iterations else job.request.outcome
 
 
 # %%
@@ -560,7 +603,7 @@ def clear_traceback(error):
 
 
 def contain(work, request):
-    """work()'s Outcome, or one that says in words what it raised; no frame and no array of it is left."""
+    """work()'s TrialEnd, or one that says in words what it raised; no frame and no array of it is left."""
     try:
         return work()
     except EndTrial:
@@ -568,7 +611,7 @@ def contain(work, request):
     except BaseException as error:
         clear_traceback(error)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        return Outcome("failed", kind + first_line(error))
+        return TrialEnd("failed", kind + first_line(error))
 
 
 class TrialThread(threading.Thread):
@@ -583,7 +626,7 @@ class TrialThread(threading.Thread):
 
 
 def run_trial(job, corpus, interrupt=None):
-    """Runs a Job in a thread of its own, waits, and returns its Outcome; the device is as empty as before.
+    """Runs a Job in a thread of its own, waits, and returns its TrialEnd; the device is as empty as before.
 
     An exception thrown into the waiting thread ends the trial as stopped, a noted `interrupt` as interrupted. A trial
     that is over needs no checkpoints; those of one that was lost, or that never began here, are another worker's.
@@ -604,7 +647,7 @@ def run_trial(job, corpus, interrupt=None):
     gc.collect()
     jax.clear_caches()  # programs take room on the device too; the cache on disk keeps them
     if job.is_lost():
-        return Outcome("lost", TAKEN_OVER)
+        return TrialEnd("lost", TAKEN_OVER)
     if job.request.began and thread.outcome.state in ("finished", "stopped", "failed"):
         shutil.rmtree(RunFolder(job.run_dir).checkpoints, ignore_errors=True)  # 3 GB each for the default model
     return thread.outcome
@@ -681,6 +724,32 @@ if LOOK:
 
 
 # %%
+NO_RESULT = {"state": "running", "reason": "", "rows": [], "released": 0}  # of a trial whose file is not there, or cut
+STATES = ("running", "finished", "stopped", "failed", "interrupted")
+
+
+def read_result(path, metric="val_bpb"):
+    """{"state", "reason", "rows", "released"} in a trial's NNNN.result.json; NO_RESULT if it holds anything else.
+
+    metric: the figure that each of its rows must have.
+    """
+    result = {**NO_RESULT, **(read_json_or_none(path) or {})}
+    rows = result["rows"]
+    sound = result["state"] in STATES and isinstance(result["reason"], str) and isinstance(result["released"], int)
+    sound = sound and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    sound = sound and all(is_number(row.get(name)) for row in rows for name in ("step", metric))
+    return {name: result[name] for name in NO_RESULT} if sound else NO_RESULT
+
+
+def is_proposal(parameters, sweep):
+    """Whether a trial's parameters, a dict or None, are some that the search can have proposed for a sweep."""
+    if parameters is None or parameters.keys() != sweep["parameters"].keys():
+        return False
+    kept = all(parameters[name] == value for name, value in constants(sweep).items())
+    swept = ((parameters[name], spec) for name, spec in swept_fields(sweep).items())
+    return kept and all(value in spec["values"] if "values" in spec else is_number(value) for value, spec in swept)
+
+
 class LocalSweep:
     """A sweep in a folder: sweep.json; NNNN.json, NNNN.lease-K and NNNN.result.json a trial; trial-NNNN/ is its run."""
 
@@ -689,18 +758,23 @@ class LocalSweep:
         self._seen, path = {}, self.folder / "sweep.json"  # _seen: {lease: (time stamp, when it was first seen)}
         if not path.exists():
             self._check_search(sweep)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            require_writable(self.folder, "choose another --out")
             create_whole(path, json.dumps(sweep, indent=2) + "\n")
         self.sweep = read_json_or_none(path)
         require(self.sweep, "sweep", str(path), "cannot be read: delete it, or use another --name")
-        check_origin(self.sweep, str(path))
+        check_origin(self.sweep, str(path), "name", "run_cap")
+        require_writable(self.folder, "choose another --out")
+        clear_abandoned(self.folder)
+        self._check_search(self.sweep)
         if self.sweep != json.loads(json.dumps(sweep)):
             say(f"sweep: {self.folder} holds one with other settings; continuing with that one, unchanged")
 
     def _check_search(self, sweep):
-        """UserError if the search cannot propose a first trial, before anything is written."""
+        """UserError if the search cannot propose a first trial or stop one, before anything is written."""
         try:
             self._search.next_run(sweep, [])
+            if "early_terminate" in sweep:
+                self._search.stop_runs(sweep, [])
         except Exception as error:  # jsonschema's, and whatever else its functions run into
             remedy = f"the search refuses this sweep ({first_line(error)}); change SPACE or --method"
             raise UserError(f"method={sweep['method']!r}: {remedy}") from None
@@ -712,17 +786,18 @@ class LocalSweep:
     def _read(self, path):
         # The lease first: a worker that takes the trial after that creates a newer one, and what is read is not used.
         leases = map(lease_number, self.folder.glob(f"{path.stem}.lease-*"))
-        result = read_json_or_none(path.with_suffix(".result.json")) or {}
-        started = {"state": "running", "reason": "", "rows": [], "released": 0}
+        result = read_result(path.with_suffix(".result.json"), metric_of(self.sweep))
+        lease = max(leases, default=0)
         parameters = read_json_or_none(path)
-        if parameters is None:  # cut where files cannot be created whole, or changed by hand
-            started, parameters, result = started | {"state": "failed", "reason": f"{path.name} cannot be read"}, {}, {}
-        return {"name": path.stem, "parameters": parameters, **started, **result, "lease": max(leases, default=0)}
+        if not is_proposal(parameters, self.sweep):  # cut where files cannot be created whole, or changed by hand
+            what = "is not a trial of this sweep" if parameters else "cannot be read"
+            parameters, result = {}, {**NO_RESULT, "state": "failed", "reason": f"{path.name} {what}"}
+        return {"name": path.stem, "parameters": parameters, **result, "lease": lease}
 
     def write(self, name, state, reason="", rows=None, released=0):
         """Notes a trial's state; rows stay as they were unless given; `released` is a lease given back."""
         path = self.folder / f"{name}.result.json"
-        rows = (read_json_or_none(path) or {}).get("rows", []) if rows is None else rows
+        rows = read_result(path, metric_of(self.sweep))["rows"] if rows is None else rows
         write_json(path, {"state": state, "reason": reason, "rows": rows, "released": released})
 
     def _lease(self, trial, number):
@@ -765,26 +840,33 @@ class LocalSweep:
                 return None
 
     def _propose(self, trials, used):
-        """Creates the next trial, by the search, unless another worker was faster; false when a grid is used up."""
+        """Creates the next trial, by the search, unless another worker was faster; false when a grid is used up.
+
+        Its number is the next one up, and after 9999 the first that is free.
+        """
         with warnings.catch_warnings(action="ignore"):  # scikit-learn's, on the fit of five points
             proposed = self._search.next_run(self.sweep, self._as_runs(trials))
         if proposed is None:
             return False
         values = {name: entry["value"] for name, entry in proposed.config.items()}
         values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-        number = 1 + max([*used, *(int(trial["name"]) for trial in trials)], default=0)
+        taken = {*used, *(int(trial["name"]) for trial in trials)}
+        top = max(taken, default=0)
+        number = next((n for n in (*range(top + 1, 10_000), *range(1, top)) if n not in taken), None)
+        if number is None:
+            return False
         create_whole(self.folder / f"{number:04d}.json", json.dumps(values) + "\n")
         return True
 
     def _as_runs(self, trials):
         """The trials as the search knows them."""
-        states = {"interrupted": "running", "stopped": "finished"}
+        states, metric = {"interrupted": "running", "stopped": "finished"}, metric_of(self.sweep)
         return [
             self._search.SweepRun(
                 name=trial["name"],
                 state=states.get(trial["state"], trial["state"]),
                 config={name: {"value": value} for name, value in trial["parameters"].items()},
-                sampledHistory=[{METRIC: row[METRIC]} for row in trial["rows"]],
+                sampledHistory=[{metric: row[metric]} for row in trial["rows"]],
             )
             for trial in trials
             if trial["parameters"]
@@ -798,10 +880,10 @@ class LocalSweep:
         if "early_terminate" in self.sweep:
             if name in [run.name for run in self._search.stop_runs(self.sweep, self._as_runs(self.trials()))]:
                 share = f"{len(rows)} of {constants(self.sweep)['evaluations']}"
-                request.ask("stopped", f"by Hyperband, {rows[-1][METRIC]:.3f} after evaluation {share}")
+                request.ask("stopped", f"by Hyperband, {rows[-1][metric_of(self.sweep)]:.3f} after evaluation {share}")
 
     def run_next(self, corpus, interrupt):
-        """Claims and runs one trial; its name and Outcome, or None if there is nothing to do."""
+        """Claims and runs one trial; its name and TrialEnd, or None if there is nothing to do."""
         claimed = self.claim()
         if claimed is None:
             return None
@@ -810,9 +892,8 @@ class LocalSweep:
         lease = Lease(path, request, self._seconds)
         note = functools.partial(self._note_evaluation, name, lease, request)
         say(f"trial {name}: {describe_parameters(trial['parameters'], self.sweep)}")
-        job = Job(
-            name, trial["parameters"], self.folder / f"trial-{name}", request, on_evaluation=note, is_lost=lease.is_lost
-        )
+        listens = {"on_evaluation": note, "is_lost": lease.is_lost, "metric": metric_of(self.sweep)}
+        job = Job(name, trial["parameters"], self.folder / f"trial-{name}", request, **listens)
         with lease:
             outcome = self._run(job, corpus, interrupt)
         if outcome.state != "lost":
@@ -859,7 +940,7 @@ def describe_parameters(parameters, sweep):
 
 
 def describe_outcome(outcome):
-    """An Outcome in one line."""
+    """An TrialEnd in one line."""
     return outcome.state + (f": {outcome.reason}" if outcome.reason else "")
 
 
@@ -919,7 +1000,8 @@ class Recorder:
         """Logs those evaluations that wandb does not have."""
         for row in rows:
             if row["step"] > self._logged:
-                self._run.log({"trained_steps": row["step"], METRIC: row[METRIC], "val_loss": row["val_loss"]})
+                scores = {name: value for name, value in row.items() if name.startswith(("val_", TASKS))}
+                self._run.log({"trained_steps": row["step"], **scores})
                 self._logged = row["step"]
         self._job.on_evaluation(rows)
 
@@ -935,7 +1017,7 @@ class Recorder:
 
 
 def run_recorded(run, job, corpus, interrupt=None):
-    """Runs a Job, records its evaluations and its Outcome in an open wandb run and finishes it; the Outcome."""
+    """Runs a Job, records its evaluations and its TrialEnd in an open wandb run and finishes it; the TrialEnd."""
     recorder = Recorder(run, job)
     outcome = run_trial(job._replace(on_start=recorder.start, on_evaluation=recorder.log), corpus, interrupt)
     recorder.finish(outcome)
@@ -964,7 +1046,7 @@ class WandbSweep:
         run = self._wandb.init(resume="allow")  # the agent has set the id, and what to try
         parameters = dict(run.config)
         say(f"trial {run.id}: {describe_parameters(parameters, self.sweep)}")
-        job = Job(run.id, parameters, self.folder / f"trial-{run.id}", Request())
+        job = Job(run.id, parameters, self.folder / f"trial-{run.id}", Request(), metric=metric_of(self.sweep))
         outcome = run_recorded(run, job, corpus, interrupt)
         say(f"trial {run.id}: {describe_outcome(outcome)}")
         self._failures = self._failures + 1 if outcome.state == "failed" else 0
@@ -985,9 +1067,9 @@ class WandbSweep:
         return [self._describe(run) for run in self._find().runs]
 
     def _describe(self, run):
-        keys = ["trained_steps", METRIC]
+        keys = ["trained_steps", metric_of(self.sweep)]
         history = run.history(samples=1000, keys=keys, pandas=False)  # all there are: one per evaluation
-        rows = [{"step": int(row[keys[0]]), METRIC: row[METRIC]} for row in history]
+        rows = [{"step": int(row[keys[0]]), keys[1]: row[keys[1]]} for row in history]
         summary = dict(run.summary)
         state, reason = summary.get("outcome", run.state), summary.get("reason", "")
         return {"name": run.id, "parameters": dict(run.config), "state": state, "reason": reason, "rows": rows}
@@ -1021,22 +1103,23 @@ def create_online(sweep, project, folder):
 # %% [markdown]
 # ## What came out
 #
-# One row per trial, sorted by bits per byte. The table says what the trials had in common, tokens or FLOPs, since a
+# One row per trial, sorted by the score. The table says what the trials had in common, tokens or FLOPs, since a
 # ranking of model sizes means nothing without it. A trial that was stopped early is listed with the score it had then.
 
 
 # %%
 def tabulate(backend):
-    """The rows of the table, best first: trial, state, val_bpb or None, steps, tokens, flops, swept values, reason."""
+    """The rows of the table, best first: trial, state, score or None, steps, tokens, flops, swept values, reason."""
     rows = [tabulate_trial(trial, backend.sweep) for trial in backend.trials()]
-    return sorted(rows, key=lambda row: math.inf if row[METRIC] is None else row[METRIC])
+    return sorted(rows, key=lambda row: cost_of(row[metric_of(backend.sweep)], backend.sweep))
 
 
 def tabulate_trial(trial, sweep):
     """One row of the table, as a dict."""
-    best = min((row[METRIC] for row in trial["rows"]), default=None)
+    metric = metric_of(sweep)
+    best = min((row[metric] for row in trial["rows"]), key=lambda score: cost_of(score, sweep), default=None)
     steps = max((row["step"] for row in trial["rows"]), default=0)
-    row = {"trial": trial["name"], "state": trial["state"], METRIC: best, "steps": steps, "tokens": 0, "flops": 0.0}
+    row = {"trial": trial["name"], "state": trial["state"], metric: best, "steps": steps, "tokens": 0, "flops": 0.0}
     with contextlib.suppress(ValueError, KeyError, TypeError):  # what could not be built has not trained
         config = trial_config(trial["parameters"])
         row["tokens"] = steps * config.total_batch_size * config.seq_len
@@ -1048,19 +1131,28 @@ def tabulate_trial(trial, sweep):
 
 def describe_table(rows, sweep):
     """The table as text, below a line that says what was equal."""
-    fixed, names = constants(sweep), swept_fields(sweep)
+    fixed, names, metric = constants(sweep), swept_fields(sweep), metric_of(sweep)
     size = f"{fixed['budget_size']:,.0f} tokens" if fixed["budget"] == "tokens" else f"{fixed['budget_size']:.3g} FLOPs"
     body = [
         [
-            *(row["trial"], row["state"], "" if row[METRIC] is None else f"{row[METRIC]:.4f}", str(row["steps"])),
+            *(row["trial"], row["state"], "" if row[metric] is None else f"{row[metric]:.4f}", str(row["steps"])),
             *(f"{row['tokens'] / 1e6:.2f}M", f"{row['flops']:.2e}"),
             *(format_value(row[name]) for name in names),
             row["reason"],
         ]
         for row in rows
     ]
-    heads = ["trial", "state", METRIC, "steps", "tokens", "FLOPs", *names, ""]
+    heads = ["trial", "state", metric, "steps", "tokens", "FLOPs", *names, ""]
     return f"{sweep['name']}: equal {fixed['budget']}, {size} a trial\n{table(body, heads)}"
+
+
+RESULTS = ("results.csv", "results.png")
+
+
+def check_results(folder):
+    """UserError, one line, if a sweep's table or picture cannot be where it belongs."""
+    for path in (Path(folder) / name for name in RESULTS):
+        require(not path.is_dir(), "sweep", str(path), "is a folder, and the results go there: move it elsewhere")
 
 
 def write_table(rows, path):
@@ -1085,8 +1177,8 @@ def plot_sweep(trials, rows, sweep, path):
     """Writes a PNG: the score against each swept parameter, and the learning curves; hollow: stopped early."""
     from matplotlib.figure import Figure  # here, because importing it looks for fonts
 
-    names, by_name = list(swept_fields(sweep)), {trial["name"]: trial for trial in trials}
-    scored = [row for row in rows if row[METRIC] is not None]
+    names, by_name, metric = list(swept_fields(sweep)), {trial["name"]: trial for trial in trials}, metric_of(sweep)
+    scored = [row for row in rows if row[metric] is not None]
     across = min(4, len(names) + 1)
     down = math.ceil((len(names) + 1) / across)
     figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
@@ -1096,24 +1188,25 @@ def plot_sweep(trials, rows, sweep, path):
         if name is None:
             panel.axis("off")
             continue
-        plot_parameter(panel, name, scored, "log" in sweep["parameters"][name].get("distribution", ""))
+        logarithmic = "log" in sweep["parameters"][name].get("distribution", "")
+        plot_parameter(panel, name, scored, metric, logarithmic)
     for i, row in enumerate(scored):
         points = by_name[row["trial"]]["rows"]
         shade = {"color": "tab:red", "linewidth": 2, "zorder": 3} if i == 0 else {"color": "tab:blue", "alpha": 0.4}
         per_step = row["tokens"] / row["steps"] / 1e6
-        curves.plot([p["step"] * per_step for p in points], [p[METRIC] for p in points], ".-", **shade)
-    curves.set(xlabel="million tokens", ylabel="bits per byte, held out")
+        curves.plot([p["step"] * per_step for p in points], [p[metric] for p in points], ".-", **shade)
+    curves.set(xlabel="million tokens", ylabel="bits per byte, held out" if metric == "val_bpb" else metric)
     curves.grid(alpha=0.3)
     with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=110)
 
 
-def plot_parameter(panel, name, rows, logarithmic):
+def plot_parameter(panel, name, rows, metric, logarithmic):
     """Draws one panel: the score of each trial against one parameter, the best in red."""
     for i, row in enumerate(rows):
         color = "tab:red" if i == 0 else "tab:blue"
         filled = color if row["state"] == "finished" else "none"
-        panel.plot([row[name]], [row[METRIC]], "o", color=color, markerfacecolor=filled)
+        panel.plot([row[name]], [row[metric]], "o", color=color, markerfacecolor=filled)
     panel.set(xlabel=name, xscale="log" if logarithmic else "linear")
     if all(isinstance(row[name], int) for row in rows):
         panel.set_xticks(sorted({row[name] for row in rows}))
@@ -1165,17 +1258,24 @@ def check_version(sweep, corpus, any_version):
             require(expected[name] == value, name, value, remedy)
 
 
-def open_sweep(overrides):
-    """(backend, settings, corpus) from what the user set: creates the sweep or finds it, and checks it."""
+def read_settings(overrides):
+    """(Settings, Run, Config class, its fields that are set, name of the optimizer) from what the user set."""
     name = peek("model", overrides) or "gpt"
     require(name in OPTIMIZER_OF, "model", name, f"use one of {', '.join(OPTIMIZER_OF)}")
     chosen = peek("optimizer", overrides) or OPTIMIZER_OF[name]
-    model, optimizer = train.model_named(name), train.optimizer_named(chosen)
-    config_class = config_with(model.config, optimizer.settings)
-    given = parse_settings(Settings, Run, config_class, overrides=overrides)
-    settings, asked, fields = Settings(**given[0]), Run(**given[1]), given[2]
-    run, config = settle(asked, config_class, trial_presets(model, optimizer), fields)
+    config_class = config_with(train.model_named(name).config, train.optimizer_named(chosen).settings)
+    settings, run, fields = parse_settings(Settings, Run, config_class, overrides=overrides)
+    return Settings(**settings), Run(**run), config_class, fields, chosen
+
+
+def open_sweep(overrides):
+    """(backend, settings, corpus) from what the user set: creates the sweep or finds it, and checks it."""
+    settings, asked, config_class, fields, chosen = read_settings(overrides)
+    require(asked.hosts < 2, "hosts", asked.hosts, "a trial runs on one host: start a worker on each")
+    presets = trial_presets(train.model_named(settings.model), train.optimizer_named(chosen))
+    run, config = settle(asked, config_class, presets, fields)
     place, out = choose_place(settings, run), Path(run.out)
+    require_writable(out, "choose another --out")
     os.environ.setdefault("WANDB_DIR", str(out))
     if settings.sweep:
         path = full_path(settings.sweep, settings.project)
@@ -1185,7 +1285,7 @@ def open_sweep(overrides):
         corpus = tok.get_corpus(asked.data or fixed["data"] or run.data, fixed["num_shards"], data)
     else:
         corpus = tok.get_corpus(run.data, run.num_shards)
-        sweep = make_sweep(settings, run, config, space_of(name, chosen, run.preset), corpus)
+        sweep = make_sweep(settings, run, config, space_of(settings.model, chosen, run.preset), corpus)
         check_sweep(sweep)
         folder = out / sweep["name"]
         if place == "wandb":
@@ -1193,6 +1293,7 @@ def open_sweep(overrides):
         else:
             backend = LocalSweep(folder, sweep, settings.lease, settings.give_up)
     check_version(backend.sweep, corpus, settings.any_version)
+    check_results(backend.folder)
     return backend, settings, corpus
 
 
@@ -1216,11 +1317,43 @@ def describe_cost(backend):
     return f"{line}\n{cost}"
 
 
+# %% [markdown]
+# A host with several chips has a choice. With `--chips all` a worker trains each trial on all of them. With
+# `--chips one` there is a worker for each chip, a process that sees no other: as many trials run side by side, none
+# waits for another, and no step waits for a collective. Take `one` where a trial fits a chip.
+
+
+# %%
+def run_worker(overrides=""):
+    """Opens the sweep and runs its trials, as the cells below do."""
+    prepare()
+    backend, settings, corpus = open_sweep(overrides)
+    say(f"{OPENED_SWEEP} {backend.folder}")
+    say(describe_cost(backend))
+    backend.work(corpus, settings.count)
+
+
+OPENED_SWEEP = "worker: has opened"
+ONE_WORKER = "import importlib; importlib.import_module('03_worker').run_worker()"
+
+
+def work_on_each_chip(overrides):
+    """Runs a worker for each chip of this host, until all have ended; UserError if none of them did as it should."""
+    read_settings(overrides)  # what is wrong with them is said once
+    folder = str(Path(tok.__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", ONE_WORKER, *words_of(overrides), "--chips", "all"]
+    codes = run_on_each_chip(command, OPENED_SWEEP)
+    require(0 in codes, "chips", "one", "no worker ran to its end: their lines above say why")
+
+
 # %%
 OVERRIDES = ""  # @param ["", "--where wandb", "--budget flops --run_cap 20"] {allow-input: true}
 
 if __name__ == "__main__":
     prepare()
+    if peek("chips", OVERRIDES) == "one":  # first: a process that asks what devices there are has them all
+        work_on_each_chip(OVERRIDES)
     backend, settings, corpus = open_sweep(OVERRIDES)
     say(describe_cost(backend))
 
@@ -1230,7 +1363,8 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    backend.work(corpus, settings.count)
+    if settings.chips == "all":
+        backend.work(corpus, settings.count)
 
 # %% [markdown]
 # ## Look
@@ -1243,12 +1377,16 @@ if __name__ == "__main__":
 # %%
 def show_results(backend):
     """Prints the table, saves it as results.csv, draws results.png, and puts both into wandb if the sweep is there."""
-    rows, picture = tabulate(backend), backend.folder / "results.png"
+    rows, (csv_file, picture) = tabulate(backend), (backend.folder / name for name in RESULTS)
     require(rows, "sweep", backend.sweep["name"], "has no trial yet")
     say(describe_table(rows, backend.sweep))
-    write_table(rows, backend.folder / "results.csv")
-    plot_sweep(backend.trials(), rows, backend.sweep, picture)
-    say(f"left in {backend.folder}: results.csv, results.png, and a folder for each trial")
+    check_results(backend.folder)
+    try:
+        write_table(rows, csv_file)
+        plot_sweep(backend.trials(), rows, backend.sweep, picture)
+    except OSError as error:
+        raise cannot_write(backend.folder, error, "the table is above; the same command writes it again") from None
+    say(f"left in {backend.folder}: {csv_file.name}, {picture.name}, and a folder for each trial")
     with contextlib.suppress(UserError):  # none has run to its end
         best = dataclasses.asdict(best_config(backend))
         notebook = train.MODELS[constants(backend.sweep)["model"]].partition(".")[0]

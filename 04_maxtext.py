@@ -152,6 +152,7 @@ from onechip.chips import topology_devices
 from onechip.errors import require, say
 from onechip.export import FOREIGN_WEIGHTS, copy_into, names_of_files, write_card
 from onechip.files import atomic_write, write_json
+from onechip.hosts import is_first
 from onechip.hub import upload_folder
 from onechip.machine import open_tensorboard, read_secret
 from onechip.rows import lookup
@@ -419,7 +420,7 @@ if __name__ == "__main__":
     print(train.describe_model(config, SWIGLU))
     if run.wants_table():
         print(compare_models(run.compare))
-    train.show_fit(config, run, SWIGLU, optimizer=optimizer)
+    run = train.show_fit(config, run, SWIGLU, optimizer=optimizer)
 
 # %%
 if __name__ == "__main__":
@@ -523,7 +524,7 @@ def export_qwen3(config, result, tokenizer, source=""):
 
 
 # %%
-if __name__ == "__main__":
+if __name__ == "__main__" and is_first():
     folder = export_qwen3(config, result, tokenizer, f"{mirror.repo}-hf" if mirror else "")
     hf_repo = run.hub_repo and f"{run.hub_repo}-hf"  # apart from the checkpoints, whose config.json is another
     upload_folder(folder, names_of_files(folder), hub_token, hf_repo, f"onechip-{run.name}-hf")

@@ -183,6 +183,7 @@ from onechip.card import describe_result
 from onechip.doors import config_with
 from onechip.errors import UserError, require
 from onechip.export import names_of_files
+from onechip.hosts import is_first
 from onechip.hub import upload_folder
 from onechip.layers import rms_norm
 from onechip.machine import open_tensorboard, read_secret
@@ -278,11 +279,15 @@ class Config(train.TrainConfig):
         return {**super().sizes, **more}
 
     @property
+    def long_windows(self):
+        """Keys that a query sees in each layer: S a quarter of the context, in whole 128s, L all, and its own."""
+        keys = {"S": -(-self.seq_len // 512) * 128 + 1, "L": self.seq_len + 1}
+        return tuple(keys[letter] for letter in (self.window_pattern * self.depth)[: self.depth - 1] + "L")
+
+    @property
     def windows(self):
-        """Keys that a query sees in each layer: S a quarter of the context, in whole 128s, and the query's own."""
-        short = -(-self.seq_len // 512) * 128 + 1
-        letters = (self.window_pattern * self.depth)[: self.depth - 1] + "L"
-        return tuple(min(short, self.seq_len) if letter == "S" else self.seq_len for letter in letters)
+        """The same in texts of at most seq_len tokens."""
+        return tuple(min(keys, self.seq_len) for keys in self.long_windows)
 
     @property
     def gated_layers(self):
@@ -648,15 +653,18 @@ def per_neuron(config, X, V):
     return Y * (norm_of(X) / jnp.maximum(norm_of(Y), 1e-10)), V
 
 
-def muon_step(config, P, U, V, rate, decay, without=()):
-    """(P, V) after a step of Muon on a stack: float32 P and momenta U (S, in, out), second moments V."""
-    X = muon_directions(U.astype(config.dtype), without)
-    if "per_neuron" not in without:
-        X, V = per_neuron(config, X, V)
+def muon_stack(config, U, V, without=()):
+    """(updates (S, in, out) float32, second moments V) from a stack's momenta U (S, in, out) in the compute type."""
+    X = muon_directions(U, without)
+    return (X, V) if "per_neuron" in without else per_neuron(config, X, V)
+
+
+def muon_apply(p, x, rate, decay, shape, without=()):
+    """A weight after a step: p, float32, and its update x in its shape, a matrix of `shape` (in, out) to Muon."""
     if "shape" not in without:
-        rate = rate * math.sqrt(max(1.0, P.shape[2] / P.shape[1]))
-    shrinks = X * P >= 0 if "cautious" not in without else True
-    return P - rate * (X + decay * jnp.where(shrinks, P, 0)), V
+        rate = rate * math.sqrt(max(1.0, shape[1] / shape[0]))
+    shrinks = x * p >= 0 if "cautious" not in without else True
+    return p - rate * (x + decay * jnp.where(shrinks, p, 0))
 
 
 def adam_step(config, group, p, m, v, g, rate, step):
@@ -668,9 +676,10 @@ def adam_step(config, group, p, m, v, g, rate, step):
     return p - rate * (direction + group.decay * p), m, v
 
 
-def muon_update(config, weights, params, state, grads, step, without=(), precondition=None):
+def muon_update(config, weights, params, state, grads, step, spread=train.UNSHARED, *, without=(), precondition=None):
     """(parameters, state) after 0-based step `step`; without: parts of Muon left out, for ablations.
 
+    spread: a mesh.Spread, with which each device orthogonalizes whole matrices of its own.
     precondition(config, G, U, bases, step) -> (U, bases) changes a stack's momenta before they are orthogonalized; what
     it keeps of them is state["bases"], by the stack's shape.
     """
@@ -682,22 +691,23 @@ def muon_update(config, weights, params, state, grads, step, without=(), precond
     for i, weight in enumerate(kinds):
         if is_muons(weight):
             m[i] = momentum * m[i] + (1 - momentum) * g[i]
-            stacks.setdefault(matrix_shape(config, weight), []).append(i)
+            stacks.setdefault((matrix_shape(config, weight), spread.axis_of(weight)), []).append(i)
         else:
             group = GROUPS.get(weight.group, OTHERS)
             p[i], m[i], v[i] = adam_step(config, group, p[i], m[i], v[i], g[i], share * group_rate(config, group), step)
-    for shape, members in stacks.items():
+    for (shape, axis), members in stacks.items():
         nesterov = lambda i: m[i] if "nesterov" in without else momentum * m[i] + (1 - momentum) * g[i]
         side = (1, -1) if shape[1] >= shape[0] else (-1, 1)
         stack = lambda arrays, shape: jnp.stack([array.reshape(shape) for array in arrays])
-        P, U = stack([p[i] for i in members], shape), stack([nesterov(i) for i in members], shape)
-        V = stack([v[i] for i in members], side)
+        U, V = stack([nesterov(i) for i in members], shape), stack([v[i] for i in members], side)
         if precondition:
             key, G = f"{shape[0]}x{shape[1]}", stack([g[i] for i in members], shape)
             U, bases[key] = precondition(config, G, U, state["bases"][key], step)
-        P, V = muon_step(config, P, U, V, share * group_rate(config, None), decay, without)
+        # Cast before what is split is exchanged.
+        X, V = spread(functools.partial(muon_stack, config, without=without), axis, U.astype(config.dtype), V)
         for row, i in enumerate(members):
-            p[i], v[i] = P[row].reshape(p[i].shape), V[row].reshape(v[i].shape)
+            x, rate = X[row].reshape(p[i].shape), share * group_rate(config, None)
+            p[i], v[i] = muon_apply(p[i], x, rate, decay, shape, without), V[row].reshape(v[i].shape)
     unflatten = functools.partial(jax.tree.unflatten, treedef)
     return unflatten(p), {"mu": unflatten(m), "nu": unflatten(v)} | ({"bases": bases} if precondition else {})
 
@@ -763,7 +773,7 @@ if __name__ == "__main__":
     run, config, optimizer = train.choose_parts(NANOCHAT, OVERRIDES, optimizer=MUON)
     print(describe_dial(config, nanochat_weights(config)))
     print(train.describe_model(config, NANOCHAT))
-    train.show_fit(config, run, NANOCHAT, optimizer=optimizer)
+    run = train.show_fit(config, run, NANOCHAT, optimizer=optimizer)
 
 # %%
 if __name__ == "__main__":
@@ -787,6 +797,6 @@ if __name__ == "__main__":
 # As 02 saves: weights, config, tokenizer, curve and a card with the lines that load it, to the Hub with a token.
 
 # %%
-if __name__ == "__main__":
+if __name__ == "__main__" and is_first():
     folder = train.export_model(result, tokenizer, mirror.repo if mirror else "")
     upload_folder(folder, names_of_files(folder), hub_token, run.hub_repo, f"onechip-{run.name}")

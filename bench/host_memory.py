@@ -3,13 +3,18 @@
     uv run bench/host_memory.py run      2,000 small steps with prefetch, evaluations, checkpoints, samples: is it flat?
     uv run bench/host_memory.py state    one checkpoint of the default model's state, at its real size; `state laptop`
                                          of the laptop's; `state 05_speedrun 24` of 05's at depth 24
+    uv run bench/host_memory.py parts    the same of 05's at depth 28 by four hosts, a process each, and read again on
+                                         another mesh; `parts 24 2` at depth 24 by two
 
 On a CPU the device's memory is the host's too; `state` takes it off. 05's state is 14 GB: each of its arrays is made
-when the checkpoint fetches it, in the device's place.
+when the checkpoint fetches it, in the device's place; `parts` drops each box that it has read, in the same place.
 """
 
 import importlib
 import json
+import os
+import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -23,6 +28,9 @@ import numpy as np
 from onechip.checkpoints import pack_state
 from onechip.doors import config_with
 from onechip.machine import home
+from onechip.parts import OwnParts, open_arrays, part_name
+from onechip.runfolder import OPT, PARAMS, checkpoint_name
+from onechip.together import Hosts, OwnFiles, meeting
 from onechip.weights import bytes_of
 from onechip.writer import CheckpointWriter, pause_seconds
 
@@ -108,7 +116,97 @@ def watch_state(what="chip", *depth):
     print(json.dumps({name: round(value, 2) for name, value in figures.items()}))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Several hosts
+
+
+def cut_box(shape, index, count, axes):
+    """The index-th of `count` equal boxes, slices, along the first of some axes that divides; None if none does."""
+    for axis in axes:
+        if shape[axis] and shape[axis] % count == 0:
+            size = shape[axis] // count
+            return tuple(
+                slice(index * size, (index + 1) * size) if a == axis else slice(0, n) for a, n in enumerate(shape)
+            )
+    return None
+
+
+def own_files(packed, index, count):
+    """The OwnFiles of one of several hosts: of each array a box along its first axis that divides."""
+    own = {} if index else {name: content for name, content in packed.items() if name not in (PARAMS, OPT)}
+    for name in (PARAMS, OPT):
+        mine, shapes = {}, {}
+        for key, array in packed[name].items():
+            box = cut_box(array.shape, index, count, range(len(array.shape)))
+            if box is not None:
+                like = jax.ShapeDtypeStruct([part.stop - part.start for part in box], array.dtype)
+                mine[f"{key}@{','.join(str(part.start) for part in box)}"], shapes[key] = Made(like), array.shape
+            elif index == 0:
+                mine[key] = array
+        own[part_name(name, index, count)] = OwnParts(mine, shapes)
+    return OwnFiles(own, hosts_by_files(index, count))
+
+
+def hosts_by_files(index, count):
+    """The Hosts of a process that meets the others by files in the working directory."""
+
+    def write(key, text):
+        draft = Path(f"{index}.draft")
+        draft.write_text(text)
+        draft.rename(key.replace("/", "-"))
+
+    def read(key):
+        while not (path := Path(key.replace("/", "-"))).exists():
+            time.sleep(0.01)
+        return path.read_text()
+
+    return Hosts(index, count, meeting(index, count, write, read))
+
+
+def with_peak(action):
+    """(seconds, GB that the peak of resident memory rose) while action() ran."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before, began = resident(), time.perf_counter()
+    action()
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    return round(time.perf_counter() - began, 1), round((peak - before) / GB, 2)
+
+
+def be_host(index, count, depth):
+    """Writes one host's share of a checkpoint and reads another one; prints times, sizes and peaks."""
+    config, state = made_state("05_speedrun", depth)
+    own = own_files(pack_state(state, {}, {}, config), int(index), int(count))
+    arrays = [array for content in own.values() if isinstance(content, dict) for array in content.values()]
+    writer = CheckpointWriter(Path("checkpoints"))
+    write_s, write_gb = with_peak(lambda: (writer.save(0, own), writer.wait()))
+    largest = [0]
+
+    def read():
+        for name in (PARAMS, OPT):
+            for array in open_arrays(Path("checkpoints") / checkpoint_name(0) / name).values():
+                axes = reversed(range(len(array.shape)))  # another mesh
+                box = array[cut_box(array.shape, int(index), int(count), axes) or ...]
+                largest[0] = max(largest[0], box.nbytes)
+
+    read_s, read_gb = with_peak(read)
+    share, most = sum(a.nbytes for a in arrays) / GB, max(a.nbytes for a in arrays) / GB
+    figures = {"host": int(index), "share_gb": round(share, 2), "largest_part_gb": round(most, 3), "write_s": write_s}
+    figures |= {"write_added_peak_gb": write_gb, "largest_read_gb": round(largest[0] / GB, 3), "read_s": read_s}
+    print(json.dumps(figures | {"read_added_peak_gb": read_gb, "resident_gb": round(resident() / GB, 2)}))
+
+
+def watch_hosts(depth="28", count="4"):
+    """Writes and reads a checkpoint by several processes; prints a line of each, and the size of all."""
+    with tempfile.TemporaryDirectory(dir=home()) as folder:
+        command = [sys.executable, str(Path(__file__).resolve()), "host"]
+        env = os.environ | {"JAX_PLATFORMS": "cpu"}
+        children = [subprocess.Popen([*command, str(i), count, depth], cwd=folder, env=env) for i in range(int(count))]
+        assert [child.wait() for child in children] == [0] * int(count)
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+        print(json.dumps({"checkpoint_gb": round(size / GB, 2)}))
+
+
 if __name__ == "__main__":
     home().mkdir(parents=True, exist_ok=True)
     mode, *arguments = sys.argv[1:] or ["run"]
-    {"run": watch_run, "state": watch_state}[mode](*arguments)
+    {"run": watch_run, "state": watch_state, "parts": watch_hosts, "host": be_host}[mode](*arguments)

@@ -28,8 +28,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from onechip.chips import GIB, memory_limit, topology_devices
 from onechip.doors import config_with
-from onechip.fit import compare_microbatches, largest_that_fits, measure, peak_rate
+from onechip.fit import compare_microbatches, measure, peak_rate
 from onechip.fitreport import describe_time
+from onechip.largest import largest_that_fits
 from onechip.settings import boolean
 from onechip.stages import stages_of
 from onechip.weights import cast_weights

@@ -113,6 +113,17 @@ def model_card(
     )
 
 
+EVALUATION, AFTER = "## How good it is\n", "## Load it and sample\n"
+
+
+def add_evaluation(card, block):
+    """A card, as model_card wrote it, with a section that has `block`, in place of an older one."""
+    before, _, rest = card.partition(EVALUATION)
+    after = (rest or before).partition(AFTER)[2]
+    before = before.partition(AFTER)[0]
+    return f"{before}{EVALUATION}\n{block}\n\n{AFTER}{after}" if after else card
+
+
 PICTURE = "\n![Training and held-out loss](loss.png)\n"
 MODEL_CARD = """\
 ---

@@ -14,6 +14,7 @@ from onechip.check_report import FAILED, OK, WRONG, Row
 from onechip.check_time import Check, Training, first_subject
 from onechip.checkpoints import name_leaves, pack_state, unpack_state, write_checkpoint
 from onechip.errors import UserError, first_line
+from onechip.parts import load_onto
 from onechip.statefile import fetch
 
 CHILD_SECONDS = 300  # that a new process may take
@@ -85,8 +86,7 @@ def resume(context, path):
     training = Training(context, *first_subject(context))
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), training.state)
     training.state = None
-    put = lambda array, like: jax.block_until_ready(jax.device_put(array, like.sharding))
-    training.state = unpack_state(path, shapes, put)[0]
+    training.state = unpack_state(path, shapes, load_onto)[0]
     return train_for(training, context.sizes.steps // 2)
 
 

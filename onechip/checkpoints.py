@@ -21,8 +21,10 @@ from onechip.files import (
     reporting_full_disk,
     write_hashed,
 )
+from onechip.parts import array_files, missing_from, open_arrays
 from onechip.runfolder import CONFIG, MANIFEST, METRICS, OPT, PARAMS, STATE, STREAM, find_checkpoints
 from onechip.statefile import fetch, file_order, in_chunks, load_arrays, stored_arrays
+from onechip.together import ALONE, write_together
 
 
 def name_leaves(tree):
@@ -91,12 +93,12 @@ def arrays_in(files):
     return [c[name] for c in files.values() if isinstance(c, dict) for name in file_order(c)]
 
 
-def unpack_state(path, template, place=lambda array, like: array):
+def unpack_state(path, template, place=lambda array, like: array[...]):
     """(state, position, notes) of a checkpoint folder, as pack_state was given them.
 
-    template: a pytree of jax.ShapeDtypeStruct like the state. place(NumPy array, its ShapeDtypeStruct) gets one array
-    of the state at a time, and what it returns is in the state. UserError, one line, for a checkpoint of another model
-    or another optimizer.
+    template: a pytree of jax.ShapeDtypeStruct like the state. place(array, its ShapeDtypeStruct) gets one array of the
+    state at a time, and what it returns is in the state: array[...] reads it whole, slices read a box of it, as
+    parts.load_onto does. UserError, one line, for a checkpoint of another model or another optimizer.
     """
     import jax
     import numpy as np
@@ -107,20 +109,19 @@ def unpack_state(path, template, place=lambda array, like: array):
     require(isinstance(step, int) and 0 <= step < 2**31, f"{path / STATE}: step", step, "must be a number of steps")
     require(isinstance(stream, dict), f"{path / STATE}: stream", stream, "must be a position in the data")
     stored = {
-        "params": unflatten(template["params"], stored_arrays(path / PARAMS)),
+        "params": unflatten(template["params"], open_arrays(path / PARAMS)),
         "opt": unflatten(template["opt"], _find_opt(path, template["opt"]), "optimizer"),
     }
     position = {**stream, **load_arrays(path / STREAM)}
-    read = lambda array, like: place(array.read(), like)
-    state = jax.tree.map(read, stored, {key: template[key] for key in stored})
+    state = jax.tree.map(place, stored, {key: template[key] for key in stored})
     return {**state, "step": place(np.asarray(step, np.int32), template["step"])}, position, notes
 
 
 def _find_opt(path, template):
     """The stored arrays of the optimizer's state; before 2026-11-21 AdamW's two moments had a file each."""
     moments = {key: path / f"{key}.safetensors" for key in ("mu", "nu")}
-    if (path / OPT).exists() or not moments["mu"].exists():
-        return stored_arrays(path / OPT)
+    if array_files(path / OPT) or not moments["mu"].exists():
+        return open_arrays(path / OPT)
     if not isinstance(template, dict) or set(template) != {"mu", "nu"}:
         raise UserError(f"{path}: holds AdamW's moments, and this optimizer needs other state; give the run a new name")
     return {f"{key}.{name}": array for key, file in moments.items() for name, array in stored_arrays(file).items()}
@@ -131,26 +132,42 @@ def write_checkpoint(path, files, take=fetch):
 
     Each file is written next to its place, hashed on the way and synced; then manifest.json with sizes and SHA-256, the
     folder, the rename, the parent. So a folder under its final name was complete, whenever the machine crashed, and its
-    manifest says whether it still is. take(array) gives each array's NumPy array, in the order of arrays_in.
+    manifest says whether it still is. take(array) gives each array's NumPy array, in the order of arrays_in. Of
+    OwnFiles each host writes its own, at the same time, to a disk that all see.
     """
+    if files is None:  # another host writes all of it
+        return
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
+    write = lambda files: _write_files(path, part, files, take)
+    publish = lambda manifest: _publish(path, part, manifest)
+    if getattr(files, "hosts", ALONE).count > 1:
+        return write_together(path, part, files, write, publish)
     shutil.rmtree(part, ignore_errors=True)
     path.parent.mkdir(exist_ok=True)  # not the folders above: those of a disk that is away must not be made anew
     part.mkdir()
     try:
-        with reporting_full_disk(path):
-            manifest = {}
-            for name, content in files.items():
-                chunks = [content] if isinstance(content, bytes) else in_chunks(content, take)
-                manifest[name] = write_hashed(part / name, chunks)
-            (part / MANIFEST).write_text(json.dumps(manifest, indent=2))
-            fsync_path(part / MANIFEST)
-            fsync_path(part)
-            rename_to_disk(part, path)
+        publish(write(files))
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)  # after a full disk the next attempt needs its space
         raise
+
+
+def _write_files(path, part, files, take):
+    manifest = {}
+    with reporting_full_disk(path):
+        for name, content in files.items():
+            chunks = [content] if isinstance(content, bytes) else in_chunks(content, take)
+            manifest[name] = write_hashed(part / name, chunks)
+    return manifest
+
+
+def _publish(path, part, manifest):
+    with reporting_full_disk(path):
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        fsync_path(part / MANIFEST)
+        fsync_path(part)
+        rename_to_disk(part, path)
 
 
 def find_damage(path):
@@ -159,12 +176,26 @@ def find_damage(path):
         for name, entry in read_manifest(path).items():
             if damage := find_file_damage(path / name, entry["bytes"], entry["sha256"]):
                 return damage
-        read_json(path / STATE)
         read_json(path / CONFIG)
-        read_json_lines(path / METRICS)
+        check_numbers(STATE, read_json(path / STATE), ("best_step", "best_score", "best_val_bpb"))
+        for i, row in enumerate(read_json_lines(path / METRICS), 1):
+            check_numbers(f"{METRICS}, line {i}", row, NUMBERS)
+            step = row.get("step")
+            require(type(step) is int and 0 <= step < 2**31, f"{METRICS}, line {i}: step", step, "is no step")
     except UserError as error:
         return str(error).removeprefix(f"{path}/")
     return None
+
+
+NUMBERS = ("loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second", "mfu", "time")  # in metrics.jsonl
+
+
+def check_numbers(place, values, names):
+    """UserError unless those of a dict's values that have these names are numbers, or None: a run compares them."""
+    for name in names:
+        value = values.get(name)
+        sound = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        require(sound, f"{place}: {name}", value, "is no number")
 
 
 def read_manifest(path):
@@ -176,8 +207,8 @@ def read_manifest(path):
             raise UserError(f"{MANIFEST} has an entry that is not a file's, {name[:100]!r}")
     opt = ["mu.safetensors", "nu.safetensors"] if "mu.safetensors" in manifest else [OPT]
     for name in (PARAMS, *opt, STATE, METRICS, CONFIG):
-        if name not in manifest:
-            raise UserError(f"{MANIFEST} does not name {name}")
+        if lost := missing_from(manifest, name):
+            raise UserError(f"{MANIFEST} does not name {lost}")
     return manifest
 
 

@@ -53,7 +53,7 @@ def topology_devices(topology):
     UserError names a topology that libtpu does not know, and what to install where there is no libtpu.
     """
     if not topology:
-        return jax.local_devices()
+        return jax.devices()  # of all hosts
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
         return topologies.get_topology_desc(topology, platform="tpu", **bounds).devices

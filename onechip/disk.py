@@ -3,6 +3,7 @@
 Google Drive, mounted as a folder, goes away for minutes, has a quota, and comes back.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from onechip.checkpoints import newest_checkpoint
 from onechip.errors import first_line, say, say_above_bars
-from onechip.files import FullDisk, fsync_path, rename_to_disk, reporting_full_disk
+from onechip.files import FullDisk, cannot_write, fsync_path, rename_to_disk, reporting_full_disk
 from onechip.machine import home
 
 RETRY = 60.0  # seconds between attempts to write to a disk that fails
@@ -25,16 +26,26 @@ class Disk:
         self.path = Path(path)
         self._failed, self._lock = {}, threading.Lock()  # what could not be written: when that was
 
-    def attempt(self, what, action, *args):
-        """Whether action(*args), which writes `what` to the run's folder, went through; other errors are raised."""
+    def attempt(self, what, action, *args, away=lambda error: None):
+        """Whether action(*args), which writes `what` to the run's folder, went through; other errors are raised.
+
+        away(its OSError) is called instead where the folder is not there.
+        """
         try:
-            os.stat(self.path)  # nothing may make the folder anew: it would be in the way of what is mounted there
+            self._require_folder(away)
             action(*args)
         except (OSError, FullDisk) as error:
             self._report_failure(what, error)
             return False
         self._report_success(what)
         return True
+
+    def _require_folder(self, away):
+        try:
+            os.stat(self.path)  # nothing may make the folder again: it would be in the way of what is mounted there
+        except OSError as error:
+            away(error)
+            raise
 
     def fails(self, what):
         """Whether the last attempt to write `what` failed."""
@@ -64,6 +75,16 @@ def rescue_folder(path):
     path = Path(os.path.abspath(path))
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:6]  # runs of one name may lie in several folders
     return home() / "rescued" / f"{path.name}-{digest}" / "checkpoints"
+
+
+@contextlib.contextmanager
+def rescuing(path):
+    """Makes the run's folder in the rescue folder; UserError, one line, if a checkpoint cannot be written there."""
+    try:
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise cannot_write(path, error, "nor could it be to the run's own folder: this step is lost") from None
 
 
 def bring_back_rescued(run):

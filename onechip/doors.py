@@ -40,8 +40,9 @@ class Model(NamedTuple):
 class Optimizer(NamedTuple):
     """name: what config.json keeps of it. init(config, weights, params) -> its state, a pytree of arrays.
 
-    update(config, weights, params, state, grads, step) -> (params, state) after 0-based step `step`; weights is the
-    model's table, of the same structure as params. settings: a dataclass of fields that it needs besides TrainConfig's,
+    update(config, weights, params, state, grads, step, spread) -> (params, state) after 0-based step `step`; weights is
+    the model's table, of the same structure as params; spread: a Spread (onechip/mesh.py), which shares out work on
+    equal matrices over the devices. settings: a dataclass of fields that it needs besides TrainConfig's,
     or with other defaults; presets: {preset: fields} that suit it.
     """
 
@@ -68,7 +69,8 @@ class Task(NamedTuple):
     A batch is a dict of NumPy arrays (total_batch_size, ...), with an optional "mask" of the targets that count.
     loss(config, model, params, batch) -> the mean over a batch's targets. score(config, model, mesh) -> a function of
     params -> a dict of figures for metrics.jsonl, with "val_loss" among them. metric: the figure whose lowest value
-    marks the best checkpoint. origin: JSON that says what the data is; facts: more JSON for config.json; files:
+    marks the best checkpoint. ask(config, model, mesh) -> the same for tasks such as CORE's, every eval_core_every
+    steps. origin: JSON that says what the data is; facts: more JSON for config.json; files:
     {name: bytes} that the run keeps, such as its tokenizer. arrays: the names in a batch, each (total_batch_size,
     seq_len), for programs that are compiled before there is one.
     """
@@ -81,3 +83,4 @@ class Task(NamedTuple):
     facts: dict = {}
     files: dict = {}
     arrays: tuple = ("x", "y")
+    ask: Callable | None = None

@@ -1,17 +1,13 @@
 """Public files of the Hub: downloaded whole and checked, or not there."""
 
-import contextlib
 import hashlib
+import os
 import re
-import shutil
-import time
 
 from onechip.errors import UserError, say
 from onechip.files import atomic_write, hash_file, read_json_or_none, write_json
 from onechip.hubclient import load_hub, try_again
 from onechip.machine import home
-
-ABANDONED = 3600.0  # seconds after which an untouched part of a download is a killed process's leftover
 
 
 def is_commit(revision):
@@ -19,13 +15,13 @@ def is_commit(revision):
     return isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
-def newest_revision(name, repo):
-    """The commit of a dataset that was its newest when this machine first asked for it."""
+def newest_revision(name, repo, branch=None):
+    """The commit of a dataset, or of a branch of it, that was its newest when this machine first asked for it."""
     note = home() / "revisions" / f"{name}.json"
     known = (read_json_or_none(note) or {}).get("revision")
     if not is_commit(known):
         api = load_hub().HfApi(token=False)
-        known = try_again(lambda: api.dataset_info(repo).sha, f"{repo}: has not said what is newest")
+        known = try_again(lambda: api.dataset_info(repo, revision=branch).sha, f"{repo}: has not said what is newest")
         write_json(note, {"revision": known})
         say(f"revision: {repo} is at {known[:12]}, which stays the one for this machine ({note})")
     return known
@@ -69,7 +65,8 @@ def download_file(path, listed, repo, revision, check, repo_type="dataset", reme
             raise UserError(f"{path.name}: no longer needed")
         with atomic_write(path) as part:
             options = {"repo_type": repo_type, "revision": revision, "local_dir": part.parent}
-            load_hub().HfApi(token=False).hf_hub_download(repo, path.name, **options)
+            arrived = load_hub().HfApi(token=False).hf_hub_download(repo, listed.path, **options)
+            os.replace(arrived, part)  # a file in a folder of the repository arrives in such a folder
             check_hash(part, listed)
             try:
                 check(part)
@@ -78,11 +75,3 @@ def download_file(path, listed, repo, revision, check, repo_type="dataset", reme
             return part.stat().st_size
 
     return try_again(fetch, f"{path.name}: cannot be downloaded", **({"remedy": remedy} if remedy else {}))
-
-
-def clear_abandoned(folder):
-    """Removes what killed processes left of their downloads in a folder; of those that run, a part is young."""
-    for part in folder.glob(".*.part"):
-        with contextlib.suppress(OSError):  # it is being renamed, or swept by another process
-            if time.time() - max(path.stat().st_mtime for path in [part, *part.rglob("*")]) > ABANDONED:
-                shutil.rmtree(part, ignore_errors=True)

@@ -5,14 +5,15 @@ program. This module adds them up, each loop's as often as the loop runs. The co
 kernels and lookups. For those, the instruction bundles that it schedules are counted, one bundle a cycle. Against
 the v6e timings of this model family in vorushin/tpuchat (https://github.com/vorushin/tpuchat), the sum is 20 % too low
 for einsum attention and 20 to 25 % too high for Splash: compare estimates with estimates, and trust ratios more than
-milliseconds. It says nothing of sums over devices either: for those, their bytes are divided by the published speed of
-a chip's links, and nothing is taken to overlap.
+milliseconds. It says nothing of what goes between devices either: collectives.py counts that.
 """
 
 import math
 import re
 
 from onechip.chips import CHIPS, GIB
+from onechip.collectives import seconds_of, traffic
+from onechip.hlo import add_up
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
@@ -48,10 +49,9 @@ def memory_parts(config, count, peak):
     Gradients are float32. What is left of the peak is activations.
     """
     width, tokens = compute_width(config), config.device_batch_size * config.seq_len
-    params = count["params"]
-    parts = {"parameters": count["param_bytes"], "optimizer": count["state_bytes"], "gradients": 4 * params}
+    parts = {"parameters": count["param_bytes"], "optimizer": count["state_bytes"], "gradients": 4 * count["held"]}
     if width == 2:
-        parts["bfloat16 weights"] = 2 * params
+        parts["bfloat16 weights"] = 2 * count["held"]
     parts["logits"] = min(config.loss_slice, tokens) * config.vocab_size * width
     return {**parts, "activations": max(0, peak - sum(parts.values()))}
 
@@ -143,67 +143,12 @@ def row_cycles(line):
     return round(rows * (ADD_BUNDLES * parts / 256 + DISTINCT * (DISTINCT_BUNDLES + moved)))
 
 
-def split_computations(hlo):
-    """({name: its lines}, the entry's name) of an HLO module's text."""
-    computations, entry, lines = {}, None, None
-    for line in hlo.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.-]+) .*->.*\{$", line)
-        if header:
-            lines = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif line == "}":
-            lines = None
-        elif lines is not None:
-            lines.append(line)
-    return computations, entry
-
-
-def bound_of(condition):
-    """How often a loop that counts from 0 runs: the constant that its condition compares with."""
-    return max((int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)), default=1)
-
-
-def add_up(hlo, count):
-    """The sum of count(line) over a program's instructions, a loop's times its number of runs."""
-    computations, entry = split_computations(hlo)
-
-    def total_of(name):
-        total = 0
-        for line in computations.get(name, ()):
-            if loop := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                total += total_of(loop[2]) * (int(known[1]) if known else bound_of(computations[loop[1]]))
-            elif call := re.search(r" call\(.*to_apply=%?([\w.-]+)", line):
-                total += total_of(call[1])
-            else:
-                total += count(line)
-        return total
-
-    return total_of(entry)
-
-
 def xla_cycles(hlo):
     """The sum of a TPU program's estimated cycles; 0 if the program has none."""
 
     def count(line):
         estimate = re.search(r'"estimated_cycles":"(\d{1,15})"', line)  # 2 ** 63 - 1: none
         return int(estimate[1]) if estimate else row_cycles(line)
-
-    return add_up(hlo, count)
-
-
-WIDTHS = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1}  # bytes of a number
-
-
-def reduced_bytes(hlo):
-    """Bytes of all arrays that a program sums over its devices; the compiler gives no cycles for that."""
-
-    def count(line):
-        found = re.search(r" = (.*?) all-reduce(-start)?\(", line)
-        if not found:
-            return 0
-        arrays = re.findall(r"\b(f32|s32|u32|bf16|f16|pred)\[([\d,]*)\]", found[1])
-        return sum(WIDTHS[kind] * math.prod(map(int, filter(None, shape.split(",")))) for kind, shape in arrays)
 
     return add_up(hlo, count)
 
@@ -218,6 +163,5 @@ def step_seconds(config, compiled, mesh):
     xla, kernel = xla_cycles(hlo), kernel_cycles(config, config.total_batch_size // mesh.size)
     if not xla or kernel is None:
         return None
-    # All that a device has is sent once to be summed and once as a sum, but for its own share.
-    sent = 2 * reduced_bytes(hlo) * (mesh.size - 1) / mesh.size
-    return (xla + kernel) / chip.clock + sent / chip.links
+    hidden, waited = seconds_of(traffic(hlo, mesh.size), chip.links) if mesh.size > 1 else (0, 0)
+    return max((xla + kernel) / chip.clock, hidden) + waited

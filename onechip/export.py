@@ -1,5 +1,6 @@
 """Trained models as files: find those of a run, an export or a Hub repository, and leave a folder for a stranger."""
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -13,20 +14,25 @@ import jax
 
 from onechip.card import model_card
 from onechip.checkpoints import newest_checkpoint, unflatten
+from onechip.disk import rescue_folder
 from onechip.doors import Model, Optimizer, config_with
 from onechip.errors import UserError, first_line, require
-from onechip.files import atomic_write, read_json, write_text
+from onechip.files import atomic_write, cannot_write, read_json, write_hashed, write_text
 from onechip.hub import is_repo_name
 from onechip.hubclient import load_hub, try_again
+from onechip.parts import name_weights, open_arrays
 from onechip.runfolder import ABOUT, CONFIG, PARAMS, STATE, TOKENIZER, RunFolder
-from onechip.statefile import stored_arrays
+from onechip.statefile import in_chunks
 from onechip.weights import weight_shapes
 
 FOREIGN_WEIGHTS = "model.safetensors"  # in an export that another library reads
 
 
 class ModelFiles(NamedTuple):
-    """Where a trained model's parts are. about: its config.json as a dict; weights: its safetensors file."""
+    """Where a trained model's parts are. about: its config.json as a dict; weights: its safetensors file.
+
+    That file may lie there in the parts of several hosts.
+    """
 
     source: str
     about: dict
@@ -43,7 +49,7 @@ class ModelFiles(NamedTuple):
 
         One array at a time passes through the host; another library's format is read as a whole.
         """
-        arrays = stored_arrays(self.weights)
+        arrays = open_arrays(self.weights)
         if self.foreign:
             arrays = {name: array.read() for name, array in arrays.items()}
             require(model.read, "model", model.name, f"does not read the format of {self.weights}")
@@ -83,7 +89,7 @@ def find_model_files(source):
     config = first_of(newest / ABOUT, run / CONFIG)
     files = {
         "config": config,
-        "weights": first_of(newest / PARAMS, folder / FOREIGN_WEIGHTS),
+        "weights": newest / PARAMS if name_weights(newest) else first_of(folder / FOREIGN_WEIGHTS),
         "tokenizer": first_of(*(place / TOKENIZER for place in (newest, run, run / "model"))),
     }
     for what, found in files.items():
@@ -146,12 +152,22 @@ def copy_into(folder, *paths):
 def export_weights(result):
     """Copies the newest checkpoint's weights, the config and the curve of a run to its folder model/; returns that.
 
-    UserError if the run was interrupted before its first step.
+    The weights are one file of whole arrays, in however many parts the checkpoint has them. The newest may be one that
+    was rescued, while the run's own disk was away. UserError if the run was interrupted before its first step, and
+    where that disk still cannot be written to.
     """
-    run = RunFolder(result.run_dir)
-    newest = newest_checkpoint(run.checkpoints, set_aside=False)
-    require(newest, "model", str(run.path), "has no checkpoint yet: the same command trains on")
-    copy_into(run.model, newest / PARAMS, run.config, run.picture)
+    run, found = RunFolder(result.run_dir), []
+    for place in (run.checkpoints, rescue_folder(run.path)):
+        with contextlib.suppress(OSError):  # a disk that is away
+            found += filter(None, [newest_checkpoint(place, set_aside=False)])
+    require(found, "model", str(run.path), "has no checkpoint yet: the same command trains on")
+    newest = max(found, key=lambda path: path.name)
+    try:
+        copy_into(run.model, run.config, run.picture)
+        with atomic_write(run.model / PARAMS) as part:
+            write_hashed(part, in_chunks(open_arrays(newest / PARAMS), take=lambda array: array[...]))
+    except OSError as error:
+        raise cannot_write(run.model, error, f"the weights are in {newest}; the same command exports them") from None
     return run.model
 
 

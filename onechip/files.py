@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -14,6 +15,7 @@ from pathlib import Path
 from onechip.errors import UserError, first_line
 
 JSON_LIMIT = 1 << 24  # bytes of a JSON file; ours have some kilobytes
+ABANDONED = 3600.0  # seconds after which what nobody touches is a killed process's leftover
 PIECE = 1 << 24  # bytes written, then hashed, at a time
 
 
@@ -58,6 +60,22 @@ def reporting_full_disk(path):
         ) from None
 
 
+def cannot_write(path, error, remedy):
+    """The UserError, one line, for an OSError that says that nothing can be written to `path`."""
+    return UserError(f"{path}: cannot be written to ({error.strerror or first_line(error)}); {remedy}")
+
+
+def require_writable(folder, remedy):
+    """Makes a folder, and a file in it that goes again; UserError, one line, if that cannot be."""
+    probe = draft_path(Path(folder) / "probe")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise cannot_write(folder, error, remedy) from None
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yields a path next to `path` to write a file or folder to; renames it to `path` on success, removes it on error.
@@ -66,8 +84,9 @@ def atomic_write(path):
     FullDisk and leaves nothing behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)) / path.name
+    with reporting_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)) / path.name
     try:
         with reporting_full_disk(path):
             yield draft
@@ -120,12 +139,19 @@ def _create_in_place(path, text):
 
 def age_of(path):
     """Seconds since a file was last touched, by the clock of its file system; infinity if it is not there."""
-    probe = draft_path(path)
-    probe.touch()
+    now = clock_of(path.parent)
     try:
-        return probe.stat().st_mtime - path.stat().st_mtime
+        return now - path.stat().st_mtime
     except FileNotFoundError:
         return math.inf
+
+
+def clock_of(folder):
+    """The time, seconds, by the clock of a folder's file system, which may be another machine's."""
+    probe = draft_path(folder / "clock")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
     finally:
         probe.unlink(missing_ok=True)
 
@@ -139,6 +165,26 @@ def is_draft(path, of):
     """Whether a path could be a draft_path of the path `of`, to the letter."""
     head, _, tail = path.name.rpartition(".")
     return head == f".{of.name.lstrip('.')}" and len(tail) == 32 and not tail.strip("0123456789abcdef")
+
+
+def clear_abandoned(folder):
+    """Removes what killed processes left of atomic_write and of draft_paths in a folder, and no other's file.
+
+    Of processes that run, what they are writing has been touched within the last hour.
+    """
+    for left in Path(folder).glob(".*"):
+        form = r"\.(.+)\.[a-z0-9_]{8}\.part" if left.is_dir() else r"\.(.+)\.[0-9a-f]{32}"
+        name = re.fullmatch(form, left.name)
+        with contextlib.suppress(OSError):  # it is being renamed, or swept by another process
+            if name and not left.is_symlink() and _is_abandoned(left, name[1]):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _is_abandoned(left, name):
+    inside = list(left.rglob("*")) if left.is_dir() else []
+    if any(path.parent == left and path.name not in (name, ".cache") for path in inside):  # the latter: a download's
+        return False
+    return clock_of(left.parent) - max(path.stat().st_mtime for path in [left, *inside]) > ABANDONED
 
 
 def read_json(path):

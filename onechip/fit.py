@@ -5,6 +5,7 @@ A training step comes as a Workload. `require_fit` refuses one that does not fit
 """
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import jax
 
 from onechip.chips import CHIPS, GIB, memory_limit, name_of
+from onechip.collectives import traffic
 from onechip.errors import UserError, say, stop_here
 from onechip.estimate import (
     bytes_needed,
@@ -24,7 +26,9 @@ from onechip.estimate import (
     step_seconds,
 )
 from onechip.fitreport import describe, describe_run, describe_time, describe_with_ratio, gib
+from onechip.largest import extrapolate_rows, largest_that_fits
 from onechip.measured import ratio_for
+from onechip.mesh import describe_mesh
 from onechip.stages import stages_of
 
 MOST_MEMORY = 256 * GIB  # taken for a device whose memory is unknown: no TPU has more
@@ -38,7 +42,9 @@ class Workload(NamedTuple):
     """The training step of one model with one optimizer, for any config, on the devices of one mesh.
 
     lower(config): the step as a jax.stages.Lowered for that mesh. count(config): {"params": number of parameters,
-    "param_bytes": their bytes, "state_bytes": those of the optimizer's state}. flops(config): training FLOPs per token.
+    "whole_bytes": theirs and the optimizer's state's, and of one device: "held": those that it computes with,
+    "param_bytes": bytes of its share of them, "state_bytes": of its share of the optimizer's state}. flops(config):
+    training FLOPs per token.
 
     A config is a frozen dataclass; config.smaller_models() yields those of a smaller model, nearest first.
     """
@@ -52,18 +58,21 @@ class Workload(NamedTuple):
 class Fit(NamedTuple):
     """What a compiler reports about a training step. Bytes and times are of one device.
 
-    limit_bytes: what the device has, None if unknown. parts: {what: bytes}, see memory_parts. bytes_per_token: moved
-    to and from HBM in one microbatch, the update included. step_seconds: estimate, TPUs only. compiled: None for a
-    step that was refused; peak_bytes is then what is known to be needed.
+    limit_bytes: what the device has, None if unknown. whole_bytes: of a checkpoint. parts: {what: bytes}, see
+    memory_parts. bytes_per_token: moved to and from HBM in one microbatch, the update included. step_seconds: estimate,
+    TPUs only. traffic: what one device sends to others in a step, as collectives.py has it. compiled: None for a step
+    that was refused; peak_bytes is then what is known to be needed.
     """
 
     where: str
     peak_bytes: int
     limit_bytes: int | None
+    whole_bytes: int
     parts: dict
     flops_per_token: float
     bytes_per_token: float | None
     step_seconds: float | None
+    traffic: dict
     compile_seconds: float
     compiled: jax.stages.Compiled | None
 
@@ -99,18 +108,21 @@ def measure(work, config):
 
 def make_fit(work, config, peak, compiled=None, compile_seconds=0.0):
     """The Fit of a step that needs `peak` bytes; compiled: None if it was refused."""
-    moved = seconds = None
+    moved, seconds, sent, count = None, None, {}, work.count(config)
     if compiled is not None:
         moved = (compiled.cost_analysis() or {}).get("bytes accessed")
         seconds = step_seconds(config, compiled, work.mesh)
+        sent = traffic(compiled.as_text(), work.mesh.size) if work.mesh.size > 1 else {}
     return Fit(
         where=name_of(work.mesh),
         peak_bytes=peak,
         limit_bytes=memory_limit(work.mesh.devices.flat[0]),
-        parts=memory_parts(config, work.count(config), peak),
+        whole_bytes=count["whole_bytes"],
+        parts=memory_parts(config, count, peak),
         flops_per_token=work.flops(config),
         bytes_per_token=moved / (config.device_batch_size * config.seq_len) if moved else None,
         step_seconds=seconds,
+        traffic=sent,
         compile_seconds=compile_seconds,
         compiled=compiled,
     )
@@ -122,10 +134,16 @@ def peak_rate(work, config):
     return chip.peak_flops * work.mesh.size / work.flops(config) if chip else None
 
 
-def show(work, config, further=False, units_per_hour=0.0):
-    """Prints what a run's steps need, or refuses them. further: also looks for other batches, then ends the program."""
+def show(works, config, further=False, units_per_hour=0.0):
+    """Prints what a run's steps need, or refuses them; returns the Workload: the first of several whose step fits.
+
+    works: of meshes that split more and more. further: also looks for other batches, then ends the program.
+    """
     configs = [c for _, c in stages_of(config)]
-    found = {c: require_fit(work, c) for c in reversed(configs)}  # the last stage's, the largest, first
+    work, last = first_that_fits(works, configs[-1])
+    if work.mesh.size > 1:
+        say(f"mesh: {describe_mesh(work.mesh)}" + (", the least split that fits" if len(works) > 1 else ""))
+    found = {configs[-1]: last} | {c: require_fit(work, c) for c in configs[:-1]}
     fits, peaks = [found[c] for c in configs], [peak_rate(work, c) for c in configs]
     say(describe(configs[-1], fits[-1], peaks[-1]))
     kind = work.mesh.devices.flat[0].device_kind
@@ -137,6 +155,15 @@ def show(work, config, further=False, units_per_hour=0.0):
         for line in explore(work, configs[-1], fits[-1]):
             say(line)
         stop_here()
+    return work
+
+
+def first_that_fits(works, config):
+    """(Workload, its Fit) of the first whose step fits; DoesNotFit, from the last, if none does."""
+    for work in works[:-1]:
+        if not refuse_unseen(work, config) and (found := measure(work, config)).fits:
+            return work, found
+    return works[-1], require_fit(works[-1], config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,10 +220,16 @@ def nearest_that_fits(work, config, fit):
     return None
 
 
+def divisors(number):
+    """The divisors of a positive integer, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
 def smaller_configs(config, devices):
     """Configs that need less memory, nearest first: divisors of the batch per device, remat, then smaller models."""
     per_device = config.total_batch_size // devices
-    rows = [r for r in range(config.device_batch_size - 1, 0, -1) if per_device % r == 0]
+    rows = [r for r in reversed(divisors(per_device)) if r < config.device_batch_size]
     yield from (dataclasses.replace(config, device_batch_size=r) for r in rows)
     yield from dataclasses.replace(config, device_batch_size=1).recomputing()
     yield from (dataclasses.replace(smaller, device_batch_size=1) for smaller in config.smaller_models())
@@ -246,34 +279,3 @@ def find_largest_batch(work, config, limit, start):
         return None if fit.compiled is None else fit.peak_bytes
 
     return largest_that_fits(peak_of, limit, start)
-
-
-def largest_that_fits(peak_of, limit, start):
-    """The most rows whose program fits, 0 if not even one row does. peak_of(rows): its bytes, or None if refused.
-
-    Bisection with better guesses. Memory grows by nearly the same for each row, so the line through the last two
-    programs that fit gives the next guess. Near the limit the compiler trades memory for time and the line is flat, or
-    falls: so a guess is at most 64 or twice what fits, and after one that was refused comes two thirds of the way, not
-    half, because the compiler takes a sixth of the time to refuse that it takes to finish.
-    """
-    known, low, high, rows = {}, 0, None, start
-    while high is None or high - low > 1:
-        peak = peak_of(rows)
-        fits = peak is not None and peak <= limit
-        if fits:
-            known[rows], low = peak, rows
-        else:
-            high = rows
-        between = low + 2 * (high - low) // 3 if high else 2 * low
-        rows = (extrapolate_rows(known, limit) if fits else None) or between
-        most = high - 1 if high else max(64, 2 * low)
-        rows = min(max(rows, low + 1), most)
-    return low
-
-
-def extrapolate_rows(known, limit):
-    """Rows at which the line through the two largest of known {rows: bytes} meets the limit; None if it does not."""
-    if len(known) < 2:
-        return None
-    (r1, p1), (r2, p2) = sorted(known.items())[-2:]
-    return r2 + int((limit - p2) * (r2 - r1) / (p2 - p1)) if p2 > p1 else None

@@ -19,7 +19,7 @@ def describe(config, fit, peak):
     limit = f" of {fit.limit_bytes / GIB:.4g}" if fit.limit_bytes else ""
     parts = ", ".join(f"{what} {gib(size)}" for what, size in fit.parts.items())
     moved = f", {fit.bytes_per_token / 1e6:.1f} MB moved" if fit.bytes_per_token else ""
-    state = fit.parts["parameters"] + fit.parts["optimizer"]
+    state = fit.whole_bytes
     pause = f"training pauses {pause_seconds(state):.0f} s for it on a disk of {DISK_SPEED / 1e6:.0f} MB/s"
     lines = [
         f"step compiled for {fit.where} in {fit.compile_seconds:.0f} s",
@@ -27,9 +27,18 @@ def describe(config, fit, peak):
         f"  a checkpoint has {state / 1e9:.3g} GB; {pause}",
         f"  work a token: {fit.flops_per_token / 1e9:.3g} GFLOP{moved}",
     ]
+    if fit.traffic:
+        lines.append(describe_traffic(fit.traffic))
     if fit.step_seconds:
         lines.append(f"  compiler's estimate: {describe_time(config, fit, peak)}")
     return "\n".join(lines)
+
+
+def describe_traffic(traffic):
+    """What a device sends to others in a step, on one line."""
+    kinds = ", ".join(f"{kind} {(a + b) / 1e9:.2f} GB" for kind, (a, b) in traffic.items())
+    hidden, total = (sum(map(part, traffic.values())) for part in (lambda pair: pair[0], sum))
+    return f"  sent to other devices a step: {kinds}; {hidden / total:.0%} of it next to other work"
 
 
 def describe_time(config, fit, peak):

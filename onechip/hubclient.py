@@ -106,6 +106,9 @@ def connect(token):
 # Secrets
 
 
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")  # in the environment
+
+
 def check_token(token):
     """UserError, without the token's text, unless it has the form of a bearer token (RFC 6750).
 
@@ -119,19 +122,20 @@ def check_token(token):
 
 
 def redact(text, *secrets):
-    """`text` with *** in place of each secret, of its parts between blanks, and of anything that looks like a token."""
+    """`text` with *** for each secret, its parts between blanks, and what looks like a token of the Hub or Google."""
     forms = set()
     for secret in filter(None, secrets):
         forms |= {secret, repr(secret)[1:-1], repr(secret.encode(errors="replace"))[2:-1], urllib.parse.quote(secret)}
         forms |= set(re.findall(r"[^\s\\]{4,}", secret))
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, "***")
-    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "***", re.sub(r"Bearer [^'\"\r\n]+", "Bearer ***", text))
+    text = re.sub(r"\b(hf_[A-Za-z0-9]{16,}|ya29\.[\w.-]+)", "***", text)
+    return re.sub(r"Bearer [^'\"\r\n]+", "Bearer ***", text)
 
 
 def describe_error(error, token=None):
     """An error's message on one line without secrets: a UserError's whole, any other's first 200 characters."""
-    known = [token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
+    known = [token, *map(os.environ.get, SECRETS)]
     text = redact(str(error).strip(), *known) or type(error).__name__
     return text if isinstance(error, UserError) else text.splitlines()[0][:200]
 

@@ -4,6 +4,7 @@ import contextlib
 import queue
 import threading
 
+from onechip.hosts import host_count
 from onechip.machine import is_interrupted
 
 
@@ -19,7 +20,8 @@ class PrefetchDataLoader:
     `depth` batches wait on the device while one more is prepared. `close()` (or leaving a `with` block) ends the thread
     and frees the waiting batches; what waits in the thread for longer asks `is_closing`. An error in the thread is
     raised here by the next `next()`, before any of them. Where a batch is not ready, an interrupt that a
-    deferred_interrupt has noted is raised as KeyboardInterrupt: the batch may be hours away.
+    deferred_interrupt has noted is raised as KeyboardInterrupt: the batch may be hours away. Not on one of several
+    hosts: the others are in the step, and wait for it.
     """
 
     def __init__(self, batches, place=lambda item: item, depth=2):
@@ -60,7 +62,7 @@ class PrefetchDataLoader:
                 return self._ready.get(timeout=0 if ended else 0.05)
             if ended and self._error is None:
                 raise StopIteration
-            if is_interrupted():
+            if is_interrupted() and host_count() == 1:
                 raise KeyboardInterrupt
 
     def close(self):

@@ -10,10 +10,12 @@ import uuid
 from pathlib import Path
 
 from onechip.errors import UserError
-from onechip.files import age_of, create_whole, is_draft, read_json_or_none, write_text
+from onechip.files import age_of, cannot_write, create_whole, is_draft, read_json_or_none, write_text
+from onechip.hosts import agree, is_first
 
 BEAT = 10.0  # seconds between signs of life
 HELD = set()  # tokens of the locks that this process holds; one that it could not remove from a disk is not among them
+LOOK_AGAIN = 1.0  # seconds until a lock that is not there is taken for gone
 SILENCE = 60.0  # seconds without one after which an owner on another machine is taken for dead
 
 
@@ -36,7 +38,8 @@ class RunLock:
 
     The lock is a file that says who has the run since when. An owner on this machine is dead if its process is gone;
     on another one, if its file has not been touched for a minute, by the file system's own clock. take_over: take the
-    run from a living owner, whose next `check` fails. `lost`: whether a heartbeat found that this has happened.
+    run from a living owner, whose next `check` fails. `lost`: whether a heartbeat found that this has happened. Of
+    several hosts, host 0 holds the lock; the others look whether they see it, and with it the same folder.
     """
 
     def __init__(self, path, take_over=False):
@@ -47,6 +50,22 @@ class RunLock:
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def __enter__(self):
+        if is_first():
+            self._hold()
+        token = agree(self._me["token"])
+        if not is_first():
+            self._find(token)
+        return self
+
+    def _find(self, token):
+        """Waits until host 0's lock is seen, as a shared disk may take a while; UserError if it is not."""
+        end = time.monotonic() + SILENCE
+        while (self._read() or {}).get("token") != token:
+            if time.monotonic() > end:
+                raise UserError(f"{self._path} of host 0 is not seen here: all hosts need one shared --out")
+            time.sleep(0.2)
+
+    def _hold(self):
         folder = self._path.parent
         HELD.add(self._me["token"])
         try:
@@ -56,11 +75,12 @@ class RunLock:
             HELD.discard(self._me["token"])
             if not isinstance(error, OSError):
                 raise
-            raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
+            raise cannot_write(folder, error, "choose another --out") from None
         self._thread.start()
-        return self
 
     def __exit__(self, *exception):
+        if not is_first():
+            return
         self._ended.set()
         self._thread.join()
         HELD.discard(self._me["token"])
@@ -69,10 +89,12 @@ class RunLock:
                 self._path.unlink(missing_ok=True)
 
     def check(self):
-        """Raises UserError if another process has taken the run over; a lock that cannot be read says nothing."""
-        owner = self._read() or self._me
+        """Raises UserError if another process has taken the run over, or had it; no look at the disk says nothing."""
+        owner = (self._read() if is_first() else None) or self._me
         if owner.get("token") != self._me["token"]:
             raise UserError(f"{self._path.parent}: {self._describe(owner)} has taken this run over; it ends here")
+        if is_first() and self._is_gone():
+            raise UserError(f"{self._path}: is gone: another process has had this run in between; it ends here")
 
     def _claim(self):
         while not create_whole(self._path, json.dumps(self._me) + "\n"):
@@ -109,6 +131,17 @@ class RunLock:
             owner = self._read()
         return owner
 
+    def _is_gone(self):
+        """Whether the lock is not there although its folder is: who took the run from a stopped process has ended."""
+        for pause in (LOOK_AGAIN, 0.0):  # twice, as a shared disk may come back piece by piece
+            try:
+                if os.path.lexists(self._path) or not self._path.parent.is_dir():
+                    return False
+            except OSError:
+                return False
+            time.sleep(pause)
+        return True
+
     def _is_mine(self):
         return (self._read() or {}).get("token") == self._me["token"]
 
@@ -127,4 +160,4 @@ class RunLock:
         while not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):  # a shared disk that is away for a moment
                 os.utime(self._path)
-            self.lost = (self._read() or self._me).get("token") != self._me["token"]
+            self.lost = (self._read() or self._me).get("token") != self._me["token"] or self._is_gone()

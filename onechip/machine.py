@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from onechip.errors import in_notebook, print_safely, report_in_one_line, say
+from onechip.files import clear_abandoned, require_writable
 from onechip.lock import process_start
 
 IMPORTED = time.monotonic()  # s
@@ -27,14 +28,19 @@ def home():
     return Path(os.environ.get("ONECHIP_HOME") or Path.home() / ".cache" / "onechip")
 
 
-def has_tpu():
-    """Whether a TPU chip is on this machine's PCI bus."""
+def count_tpus():
+    """How many TPU chips are on this machine's PCI bus."""
+    count = 0
     for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"):
         device = Path(vendor).with_name("device")
         with contextlib.suppress(OSError):
-            if Path(vendor).read_text().strip() == "0x1ae0" and device.read_text().strip() in TPU_PCI_IDS:
-                return True
-    return False
+            count += Path(vendor).read_text().strip() == "0x1ae0" and device.read_text().strip() in TPU_PCI_IDS
+    return count
+
+
+def has_tpu():
+    """Whether a TPU chip is on this machine's PCI bus."""
+    return count_tpus() > 0
 
 
 def process_age():
@@ -63,9 +69,15 @@ def quiet_jax():
 
 
 def prepare():
-    """What a notebook's run cell calls first: errors in one line, safe printing, memory and compiled programs kept."""
+    """What a notebook's run cell calls first: errors in one line, safe printing, memory and compiled programs kept.
+
+    UserError if nothing can be written to home(): shards, tokenizers and a checkpoint that has no other place go there.
+    """
     report_in_one_line()
     print_safely()
+    require_writable(home(), "set ONECHIP_HOME to a folder that can")
+    for folder in (home(), *home().glob("*"), *home().glob("tokenizers/*")):
+        clear_abandoned(folder)
     keep_freed_memory()
     keep_compiled()
 

@@ -54,7 +54,8 @@ def plot_losses(rows, path, gzip_bpb=None):
         axis_format("{x:.4g}")
     above.legend()
     above.grid(alpha=0.3, which="both")
-    below.plot(x, [row["lr"] for row in steps], color="tab:green")
+    rates = [row for row in steps if "lr" in row]
+    below.plot([row["step"] for row in rates], [row["lr"] for row in rates], color="tab:green")
     below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     below.grid(alpha=0.3)
     with atomic_write(path) as part:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from onechip.errors import first_line, say_above_bars
+from onechip.hosts import is_first
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ class ProfileWindow:
 
     def before(self, step):
         """Starts the trace if `step` is its first; returns the context manager that annotates the step."""
-        if step == self._first:
+        if step == self._first and is_first():
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's frames would be most of the file
             self._on = self._try(jax.profiler.start_trace, self._folder, profiler_options=options)

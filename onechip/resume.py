@@ -9,6 +9,7 @@ from onechip.checkpoints import clear_leftovers, newest_checkpoint
 from onechip.disk import bring_back_rescued
 from onechip.errors import require, say
 from onechip.files import read_json
+from onechip.hosts import agree, first_alone, is_first
 from onechip.machine import git_commit
 from onechip.runfolder import CONFIG, STATE, TOKENIZER
 from onechip.settings import fixed_fields
@@ -65,8 +66,18 @@ def may_change(name, before, now):
 def bring_back(folder, mirror=None):
     """Sweeps what a killed process left in a RunFolder, and brings newer checkpoints to it: rescued ones, the Hub's.
 
-    Once in the life of a mirror: after that a checkpoint may wait there for its upload. Hold the run's lock.
+    UserError if something else is in the place of one of its files or folders.
+
+    Once in the life of a mirror: after that a checkpoint may wait there for its upload. Hold the run's lock. The other
+    hosts wait while host 0 does it.
     """
+    with first_alone() as first:
+        if first:
+            _bring_back(folder, mirror)
+
+
+def _bring_back(folder, mirror):
+    folder.check()
     if mirror is None or not mirror.restored:
         for place in (folder.path, folder.model, folder.checkpoints):
             clear_leftovers(place)
@@ -75,15 +86,26 @@ def bring_back(folder, mirror=None):
         mirror.restore(folder.checkpoints)
 
 
+def choose_checkpoint(folder):
+    """The newest complete checkpoint of a RunFolder, on all hosts the one that host 0 finds; None if there is none."""
+    path = newest_checkpoint(folder.checkpoints) if is_first() else None
+    name = agree(path and path.name)
+    if name is None or is_first():
+        return path
+    path = folder.checkpoints / name
+    require(path.is_dir(), "out", str(path), "host 0 resumes from it: --out must be a folder that all hosts share")
+    return path
+
+
 def find_tokenizer(folder):
     """The tokenizer file that the run in a RunFolder keeps, or None."""
-    newest = newest_checkpoint(folder.checkpoints)
+    newest = newest_checkpoint(folder.checkpoints, set_aside=is_first())
     places = ([newest / TOKENIZER] if newest else []) + [folder.tokenizer]
     return next((path for path in places if path.exists()), None)
 
 
 def find_data(folder):
     """{"name", "revision", ...} of the data that the run in a RunFolder began with; empty if it has not begun."""
-    newest = newest_checkpoint(folder.checkpoints)
+    newest = newest_checkpoint(folder.checkpoints, set_aside=is_first())
     data = read_origin(newest).get("data") if newest else None
     return data if isinstance(data, dict) else {}

@@ -54,8 +54,8 @@ class Embeddings:
 
     def join(self, tables, others):
         """The whole tree again, of what stands for each embedding and of what stands for the others."""
-        tables, others = iter(tables), iter(jax.tree.leaves(others))
-        return self.treedef.unflatten([next(tables if taken else others) for taken in self.taken])
+        tables, parts = iter(tables), zip(self.taken, self.treedef.flatten_up_to(others), strict=True)
+        return self.treedef.unflatten([next(tables) if taken else part for taken, part in parts])
 
     def apart(self, wide):
         """The columns of an array (..., C) as a list of arrays (..., *shape of a row), one for each embedding."""

@@ -1,9 +1,11 @@
 """A run's folder: the name of every file and folder that a run leaves behind, in one place."""
 
+import os
 import re
 from pathlib import Path
 
-from onechip.files import read_json
+from onechip.errors import require
+from onechip.files import atomic_write, read_json, write_json
 
 CONFIG = "config.json"  # in a run: settings and origin; in a checkpoint: the settings alone
 METRICS = "metrics.jsonl"
@@ -79,6 +81,16 @@ class RunFolder:
         """The folder of the exported model."""
         return self.path / "model"
 
+    def check(self):
+        """UserError, one line, for a folder where a run has a file, or a file where it has a folder."""
+        for path in (self.config, self.metrics, self.tokenizer, self.picture):
+            require(
+                not path.is_dir(), "run", str(path), "is a folder, and a run writes a file there: move it elsewhere"
+            )
+        for path in (self.profile, self.checkpoints, self.model):
+            free = path.is_dir() or not os.path.lexists(path)
+            require(free, "run", str(path), "is not a folder, and a run keeps one there: move it elsewhere")
+
     def checkpoint(self, step):
         """The folder of the checkpoint after `step` steps."""
         return self.checkpoints / checkpoint_name(step)
@@ -86,6 +98,13 @@ class RunFolder:
     def nonfinite(self, step):
         """The folder for the state of a step whose loss is not finite; no run resumes from it."""
         return self.checkpoints / f"nonfinite_{step:08d}"
+
+    def begin(self, about, files):
+        """Writes config.json and the files {name: bytes} that a run keeps."""
+        write_json(self.config, about)
+        for name, content in files.items():
+            with atomic_write(self.path / name) as part:
+                part.write_bytes(content)
 
     def read_config(self):
         """config.json as a dict; UserError, one line, if there is none that can be read."""

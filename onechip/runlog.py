@@ -12,6 +12,7 @@ from pathlib import Path
 from onechip.disk import Disk
 from onechip.errors import NonFiniteLoss, in_notebook, say_above_bars
 from onechip.files import reporting_full_disk, write_text
+from onechip.hosts import is_first
 from onechip.plots import show_picture
 from onechip.runfolder import METRICS
 
@@ -53,10 +54,11 @@ class EventFile:
             path.unlink()
 
     def write(self, row):
-        """Adds the values that CHARTS has a name for."""
+        """Adds the values that CHARTS has a name for, and those whose name has a slash, as a chart's has."""
         if self._writer:
             self._time = row.get("time", self._time)
-            values = [self._summary.Value(tag=CHARTS[k], simple_value=v) for k, v in row.items() if k in CHARTS]
+            tags = {CHARTS.get(name, name): value for name, value in row.items() if name in CHARTS or "/" in name}
+            values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()]
             event = self._event(wall_time=self._time, step=row["step"], summary=self._summary(value=values))
             self._writer.write(event.SerializeToString())
 
@@ -74,7 +76,8 @@ class RunLog:
 
     `add` takes a step's metrics while they are still on the device. They are fetched every `every` steps, and one step
     late: while the host waits for a value, the device already has the next step queued. A disk that fails costs no row:
-    all are in `rows`, and the files are written anew from these when it works again.
+    all are in `rows`, and the files are written again from these when it works again. Of several hosts, host 0 writes,
+    shows and reports; the others fetch as it does, so that all learn of a loss that is not finite.
     """
 
     def __init__(
@@ -86,12 +89,13 @@ class RunLog:
         FLOP/s, for MFU; None where it is not known. UserError if the disk is full already.
         """
         self.rows, self._path, self._files, self._whole = list(rows), Path(path), [], True
-        self._disk = disk or Disk(self._path.parent)
+        self._disk, self._mine = disk or Disk(self._path.parent), is_first()
         self._write_anew()
-        self._pending, self._every, self.on_log = [], every, on_log
+        self._pending, self._every, self.on_log = [], every, on_log if self._mine else None
         self._tokens, self._peak = tokens_per_step, peak_rate
-        show_picture(None)  # its place is above the bar
-        self._bar = progress_bar(total=steps, initial=first_step, unit="step")
+        if self._mine:
+            show_picture(None)  # its place is above the bar
+        self._bar = progress_bar(total=steps, initial=first_step, unit="step", disable=not self._mine)
         self._shown, self._since = {}, None
 
     def set_pace(self, tokens_per_step, peak_rate):
@@ -138,6 +142,8 @@ class RunLog:
     def write(self, row):
         """Adds one row of metrics."""
         self.rows.append(row)
+        if not self._mine:
+            return
         if self._whole:
             self._whole = self._disk.attempt(METRICS, self._append, row)
         elif not self._disk.waits(METRICS):
@@ -159,6 +165,8 @@ class RunLog:
 
     def _write_anew(self):
         self._close_files()
+        if not self._mine:
+            return
         write_text(self._path, self.text())
         with reporting_full_disk(self._path):
             self._file = open(self._path, "a")

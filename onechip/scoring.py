@@ -1,12 +1,13 @@
 """Scores on held-out rows: nats per token and bits per byte, the same whatever the batch size and the devices."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+
+from onechip.hosts import spread
 
 
 def make_scorer(losses, split, rows, x, y, token_bytes):
@@ -26,14 +27,13 @@ def make_scorer(losses, split, rows, x, y, token_bytes):
 
     specs = (PartitionSpec(), split.spec, split.spec)
     step = jax.jit(jax.shard_map(sums, mesh=split.mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False))
-    place = functools.partial(jax.device_put, device=split)
 
     def fill(part, value):
         return np.pad(part, ((0, rows - len(part)), (0, 0)), constant_values=value)
 
     def score(params):
         parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
-        totals = [step(params, place(fill(x[part], 0)), place(fill(y[part], -1))) for part in parts]
+        totals = [step(params, *spread((fill(x[part], 0), fill(y[part], -1)), split)) for part in parts]
         nats, counted, size = np.sum(jax.device_get(totals), axis=0, dtype=np.float64)
         return {"val_loss": nats / y.size, "val_bpb": counted / math.log(2) / size}
 

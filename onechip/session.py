@@ -5,47 +5,36 @@ import dataclasses
 import json
 import math
 import time
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
 from onechip.checkpoints import newest_checkpoint, pack_state, unpack_state, write_checkpoint
 from onechip.deadline import Deadline
-from onechip.disk import Disk, rescue_folder
+from onechip.disk import Disk, rescue_folder, rescuing
 from onechip.errors import NonFiniteLoss, first_line, say
-from onechip.files import atomic_write, read_json_lines, write_json
+from onechip.files import read_json_lines
+from onechip.hosts import agree, compare_hosts, gathered, host_count, is_first, savers
 from onechip.loader import PrefetchDataLoader
 from onechip.lock import RunLock
 from onechip.machine import deferred_interrupt
+from onechip.orders import Orders
+from onechip.parts import is_cut, load_onto, share
 from onechip.plots import plot_losses, show_picture
 from onechip.profile import ProfileWindow
-from onechip.resume import bring_back, compare_with_checkpoint
+from onechip.result import Result
+from onechip.resume import bring_back, choose_checkpoint, compare_with_checkpoint
 from onechip.runfolder import ABOUT, METRICS, RunFolder, checkpoint_name
 from onechip.runlog import RunLog
-from onechip.weights import all_finite, bytes_of
-from onechip.writer import CHECKPOINTS, CheckpointWriter
-
-LONG_PAUSE = 5.0  # seconds that training waits for a checkpoint, from which on it is said
-
-
-class Result(NamedTuple):
-    """What `train` returns. params is the trained pytree on the device; the losses are of the last evaluation."""
-
-    params: dict
-    step: int
-    val_loss: float | None
-    val_bpb: float | None
-    gzip_bpb: float | None
-    samples: list
-    run_dir: Path
+from onechip.weights import all_finite
+from onechip.writer import CHECKPOINTS, LONG_PAUSE, CheckpointWriter, describe_pause, write_apart
 
 
 class Session:
     """One run between its steps: the state on the device, the position in the data after it, and their folder.
 
     State and position change hands together in `advance`, so that whatever is saved belongs together. Leaving the
-    `with` block ends every thread; the last checkpoint is then written, and on the Hub if there is a mirror.
+    `with` block ends every thread; the last checkpoint is then written, and at its mirror if there is one. Of several
+    hosts, each calls the same methods in the same order; host 0 writes the files.
     """
 
     def __init__(
@@ -55,7 +44,7 @@ class Session:
         """origin: what the run is made from, as JSON; metric: the score whose lowest value marks the best checkpoint.
 
         accept: what of the origin may differ from the checkpoint's, and "owner" to take the run from another process;
-        lock: the run's RunLock, if the caller holds it already; mirror is a HubMirror; notes, JSON, travel in the
+        lock: the run's RunLock, if the caller holds it already; mirror is a Mirror; notes, JSON, travel in the
         checkpoints; on_log(row) gets every row of metrics.jsonl as a dict; hours: of this process, in which the run
         ends with a checkpoint; 0 for no limit.
         """
@@ -65,6 +54,7 @@ class Session:
         self.scores, self.samples = {}, []
         self._record = {"best_step": None, "best_score": None, "notes": notes}
         self.disk, self._deadline = Disk(self.folder.path), Deadline(hours)
+        self._orders = Orders(self._must_stop, self._is_late)
         self._scored = None, 0  # the last step with a score, and the rows before it
         self._paused = False  # whether a long pause has been reported
         self._mid_step, self._ruined, self._closing = False, False, contextlib.ExitStack()
@@ -75,6 +65,7 @@ class Session:
     def __enter__(self):
         with contextlib.ExitStack() as opening:  # a refusal puts the signals back as they were
             self._interrupt = opening.enter_context(deferred_interrupt())
+            compare_hosts({**dataclasses.asdict(self.config), **self.origin})
             if self._lock is None:
                 self._lock = opening.enter_context(RunLock(self.folder.lock, "owner" in self.accept))
             self._closing = opening.pop_all()
@@ -89,13 +80,12 @@ class Session:
         like: the state's pytree as jax.ShapeDtypeStruct with shardings. UserError: a checkpoint of another run.
         """
         bring_back(self.folder, self.mirror)
-        path = newest_checkpoint(self.folder.checkpoints)
+        path = choose_checkpoint(self.folder)
         if path is None:
             return None
         # First: it names the field, not an array's shape.
         compare_with_checkpoint(path, self.config, self.origin, self.accept)
-        put = lambda array, like: jax.block_until_ready(jax.device_put(array, like.sharding))
-        state, self.position, record = unpack_state(path, like, put)
+        state, self.position, record = unpack_state(path, like, load_onto)
         # Checkpoints written before 2026-11-21 have the second names.
         score = record.get("best_score", record.get("best_val_bpb"))
         notes = self._record["notes"] or record.get("notes", record.get("remember"))
@@ -118,10 +108,8 @@ class Session:
         self._first = self._saved_step = self.step
         self._saved_at = time.monotonic()
         about = {"config": dataclasses.asdict(config), **self.origin, **(facts or {})}
-        write_json(folder.config, about)
-        for name, content in (files or {}).items():
-            with atomic_write(folder.path / name) as part:
-                part.write_bytes(content)
+        if is_first():
+            folder.begin(about, files or {})
         self._files = {**(files or {}), ABOUT: json.dumps(about, indent=2).encode()}
         self._gzip_bpb = about.get("gzip_bits_per_byte")
         if self.mirror:
@@ -149,17 +137,25 @@ class Session:
 
     def continues(self):
         """Whether there is another step to run: false after the last one, an interrupt, or when the hours are up."""
-        return not (self.is_complete or self._interrupt.requested or self._deadline.has_come(self.state, self.mirror))
+        return not (self.is_complete or self._orders.stops(self.step))
+
+    def _must_stop(self):
+        """Why this process has to stop, in words; empty if it need not."""
+        if self._interrupt.requested:
+            return "interrupted"
+        return self._deadline.describe() if self._deadline.has_come(self.state, self.mirror) else ""
+
+    def _is_late(self):
+        """Whether a save is due by the clock, or again after one that failed."""
+        if self._writer.failed:
+            return not self.disk.waits(CHECKPOINTS)
+        return 0 < 60 * self.config.save_minutes < time.monotonic() - self._saved_at
 
     def due(self, what):
         """Whether "save", "eval" or "sample" is due; the last step's are done after the loop."""
-        if what == "save" and self._writer.failed:
-            return not self.disk.waits(CHECKPOINTS)
-        if what == "save" and self.config.save_minutes:
-            if time.monotonic() - self._saved_at > 60 * self.config.save_minutes:
-                return True
+        late = what == "save" and self._orders.saves(self.step)
         every = getattr(self.config, f"{what}_every")
-        return every > 0 and 0 < self.step < self.config.num_iterations and self.step % every == 0
+        return late or every > 0 and 0 < self.step < self.config.num_iterations and self.step % every == 0
 
     def advance(self, train_step):
         """Trains on the next batch: train_step(state, batch) -> (state, metrics)."""
@@ -182,28 +178,25 @@ class Session:
     def save(self):
         """Hands a checkpoint to the writer's thread, unless this step has one; after a failure once a minute."""
         with self.log.pause():
-            if self._writer.failed:
-                if self.continues() and self.disk.waits(CHECKPOINTS):
-                    return
-            elif self.step == self._saved_step:
+            if not agree(self._wants_save()):
                 return
             self._check_state()
             began = time.monotonic()
-            self._writer.save(self.step, self._pack(), self._record["best_step"])
+            self._writer.save(self.step, share(self._pack(), savers()), self._record["best_step"])
             self._saved_step, self._saved_at = self.step, time.monotonic()
-            self._report_pause(self._saved_at - began)
+            if self._saved_at - began > LONG_PAUSE and not self._paused:
+                self._paused = True
+                self.log.say(describe_pause(self._saved_at - began, self.step, self.state))
+
+    def _wants_save(self):
+        waits = self._writer.failed and self.continues() and self.disk.waits(CHECKPOINTS)
+        return not waits if self._writer.failed else self.step != self._saved_step
 
     def _check_state(self):
         """Raises UserError for a run that another process has, NonFiniteLoss for a state that is not worth saving."""
         self._lock.check()
         if not all_finite(self.state["params"]):  # finite loss and gradient, but the update overflowed
             raise NonFiniteLoss(f"step {self.step} left parameters that are not finite: lower learning_rate")
-
-    def _report_pause(self, seconds):
-        if seconds > LONG_PAUSE and not self._paused:
-            self._paused = True
-            size = f"{bytes_of(self.state) / 1e9:.1f} GB"
-            self.log.say(f"checkpoint: training waits {seconds:.0f} s for each, as for step {self.step:,}: {size}")
 
     def _pack(self):
         record = {**self._record, "made_from": self.origin}
@@ -212,18 +205,22 @@ class Session:
         return {**pack_state(self.state, self.position, record, self.config, text), **self._files}
 
     def record(self, scores):
-        """Logs the scores of an evaluation, {"val_loss": ..., ...}, and redraws loss.png."""
-        self.scores = scores
+        """Logs the scores of an evaluation, {name: number}: the run's metric, which redraws loss.png, or others."""
+        self.scores = self.scores | scores
         if self._scored[0] != self.step:
             self._scored = self.step, len(self.log.rows)
+        row = {"step": self.step, **scores, **(self.position or {}).get("log", {})}
+        if self.metric not in scores:
+            self.log.say("step {}: {} {:.4f}".format(self.step, *next(iter(scores.items()))))  # what sums them up
+            return self.log.write(row)
         best, score = self._record["best_score"], scores[self.metric]
         if best is None or score < best:
             self._record |= {"best_step": self.step, "best_score": score}
         self.log.show(val=f"{scores['val_bpb']:.3f} bpb" if "val_bpb" in scores else f"{scores['val_loss']:.3f}")
-        self.log.write({"step": self.step, **scores, **(self.position or {}).get("log", {})})
-        picture = self.folder.picture
-        if self.disk.attempt(picture.name, plot_losses, self.log.rows, picture, self._gzip_bpb):
-            show_picture(picture)
+        self.log.write(row)
+        drawn = plot_losses, self.log.rows, self.folder.picture, self._gzip_bpb
+        if is_first() and self.disk.attempt(self.folder.picture.name, *drawn):
+            show_picture(self.folder.picture)
 
     def show(self, samples):
         """Prints samples, (prompt, continuation) each, above the progress bar."""
@@ -236,8 +233,8 @@ class Session:
 
     def result(self):
         """What the run has reached, as a Result."""
-        scores = [self.scores.get(name) for name in ("val_loss", "val_bpb")]
-        return Result(self.state["params"], self.step, *scores, self._gzip_bpb, self.samples, self.folder.path)
+        params, scores = gathered(self.state["params"]), [self.scores.get(name) for name in ("val_loss", "val_bpb")]
+        return Result(params, self.step, *scores, self._gzip_bpb, self.samples, self.folder.path)
 
     @contextlib.contextmanager
     def saving(self):
@@ -249,7 +246,7 @@ class Session:
         try:
             yield
         except KeyboardInterrupt:
-            if self._interrupt.insisted or self._mid_step:
+            if self._interrupt.insisted or self._mid_step or host_count() > 1:
                 raise
             self.save()
         except NonFiniteLoss as error:
@@ -258,23 +255,19 @@ class Session:
             self._save_apart()
             with contextlib.suppress(OSError):  # a disk that is away must not hide the loss
                 kept = newest_checkpoint(self.folder.checkpoints)
-            raise NonFiniteLoss(f"{error}; {self._where_it_resumes(kept)}") from None
+            where = f"the last good checkpoint is {kept.name}" if kept else "there is no checkpoint yet"
+            raise NonFiniteLoss(f"{error}; {where}") from None
         except Exception:
-            if not self._mid_step:
+            if not self._mid_step and host_count() == 1:  # the others may be elsewhere
                 self._save_in_spite()
             raise
         if not self.is_complete:
-            why = "interrupted" if self._interrupt.requested or not self._deadline.passed else self._deadline.describe()
-            self.log.say(f"{why} after step {self.step:,}; the same command resumes from there")
-
-    def _where_it_resumes(self, checkpoint):
-        return f"the last good checkpoint is {checkpoint.name}" if checkpoint else "there is no checkpoint yet"
+            self.log.say(f"{self._orders.describe()} after step {self.step:,}; the same command resumes from there")
 
     def _save_apart(self):
         """Writes the state as nonfinite_NNNNNNNN, to be looked into; nothing resumes from it."""
         self._writer.wait()
-        path = self.folder.nonfinite(self.step)
-        self.disk.attempt(path.name, lambda: path.exists() or write_checkpoint(path, self._pack()))
+        write_apart(self.folder.nonfinite(self.step), share(self._pack(), savers()), self.disk)
 
     def _save_in_spite(self):
         """Saves what was reached before an error is raised, which nothing here may replace."""
@@ -290,11 +283,14 @@ class Session:
         self._writer.wait()
         if not self._writer.failed or self._mid_step or self._ruined or self._interrupt.insisted:
             return
-        self._check_state()
+        if host_count() == 1:
+            self._check_state()
+        elif not is_first() or any(map(is_cut, jax.tree.leaves(self.state))):  # no disk but the shared one has all
+            return
         path = rescue_folder(self.folder.path) / checkpoint_name(self.step)
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_checkpoint(path, self._pack())
+        with rescuing(path):
+            if not path.exists():
+                write_checkpoint(path, self._pack())
         say(f"checkpoint: rescued to {path}; the same command brings it back when {self.folder.path} can be written to")
         if self.mirror:
             self.mirror.offer(path)

@@ -13,6 +13,8 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from onechip.errors import UserError, in_notebook, require, say
+from onechip.hosts import host_count
+from onechip.join import check_hosts, join_hosts
 from onechip.stages import count_tokens
 
 LARGEST = 2**63 - 1  # of an int without a bound of its own: what 64 bits hold
@@ -201,12 +203,20 @@ class Run:
     take_over: bool = setting(False, "take the run from another process that has it")
     out: str = setting("runs", "folder for the runs")
     preflight: str = setting("", 'only report what a step needs, "here" or on a TPU not attached: "v6e:1x1", "v5e:2x2"')
+    mesh: str = setting("", 'devices: "data=8", or "data=2,fsdp=4", which splits the weights in four; empty: what fits')
     hub_repo: str = setting("", "Hub repository to upload to, if there is a token; empty: <you>/onechip-<name>")
+    mirror: str = setting(
+        "", "place for checkpoints besides this disk, gs://bucket/folder; whole ones, every weights_minutes"
+    )
     weights_minutes: float = setting(15.0, "minutes between uploads of the weights", at_least=0)
-    state_minutes: float = setting(65.0, "minutes of work at most that no whole checkpoint on the Hub has", at_least=0)
+    state_minutes: float = setting(65.0, "minutes of work at most that no whole checkpoint elsewhere has", at_least=0)
     session_hours: float = setting(
         0.0, "hours of this process, in which training ends and saves; 0: no limit", at_least=0
     )
+    hosts: int = setting(0, "processes that train together, one a host; 0: as Slurm or a TPU slice says", at_least=0)
+    host: int = setting(0, "which of them this one is, from 0 on", at_least=0)
+    coordinator: str = setting("", "where host 0 is reached, such as 10.0.0.2:8476, a port that is free there")
+    host_minutes: float = setting(5.0, "minutes to wait for a host that has not come", above=0)
     units_per_hour: float = setting(0.0, "Colab's compute units an hour, as its Resources panel shows", at_least=0)
 
     def __post_init__(self):
@@ -237,8 +247,11 @@ PACKED = 0.6  # of them at least are left by best-fit packing: nanochat measured
 def choose(config_class, presets, overrides="", run_class=Run):
     """(Run, config) with nothing left open: a preset by the device, then what the user set. Prints what and why."""
     run, fields = parse_settings(run_class, config_class, overrides=overrides)
-    run, config = settle(run_class(**run), config_class, presets, fields)
+    run = run_class(**run)
+    join_hosts(run)  # before a device is used
+    run, config = settle(run, config_class, presets, fields)
     run = dataclasses.replace(run, name=run.name or name_run(run, config))
+    check_hosts(run, config)
     batch, tokens = f"{config.total_batch_size} x {config.seq_len}", count_tokens(config) / 1e6
     say(f"run: {run.out}/{run.name}: {config.num_iterations:,} steps of {batch} tokens, {tokens:,.1f}M in all")
     return run, config
@@ -259,7 +272,8 @@ def settle(run, config_class, presets, fields):
     used = tokens * (PACKED if packed else 1.0)
     shards = run.num_shards or min(most, math.ceil(count_tokens(config) / used))
     data_because = "as set" if run.data else f"as the preset is {preset}"
-    devices = f"{jax.local_device_count()} x {device.device_kind}"
+    devices = f"{jax.device_count()} x {device.device_kind}"
+    devices += f" on {host_count()} hosts" if host_count() > 1 else ""
     say(f"device: {devices} (jax {jax.__version__}, {os.cpu_count()} CPU cores)")
     say(f"preset: {preset}, {because}; data: {data}, {data_because}; --help lists every setting")
     return dataclasses.replace(run, preset=preset, data=data, num_shards=shards), config

@@ -8,9 +8,9 @@ import threading
 import time
 from pathlib import Path
 
-from onechip.download import clear_abandoned, download_file, look_up_files
+from onechip.download import download_file, look_up_files
 from onechip.errors import UserError, say
-from onechip.files import is_full
+from onechip.files import clear_abandoned, is_full
 from onechip.hubclient import chain, describe_error, status_of, without_bars
 from onechip.loader import is_closing
 from onechip.runlog import progress_bar, say_above_bars

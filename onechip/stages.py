@@ -57,9 +57,10 @@ def stages_of(config):
     return [*stages, Stage(steps, last)]
 
 
-def count_tokens(config):
-    """Tokens that a config trains on, in all its stages."""
+def count_tokens(config, step=None):
+    """Tokens that a config trains on, in all its stages; up to a step, if one is given."""
     total, start = 0, 0
     for end, c in stages_of(config):
+        end = end if step is None else min(end, step)
         total, start = total + (end - start) * c.total_batch_size * c.seq_len, end
     return total

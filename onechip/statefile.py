@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 from onechip.errors import UserError, first_line
+from onechip.files import PIECE
 
 # Bytes of arrays on their way to a file. A training process takes 1 to 3 GB besides, Colab has killed processes at
 # 11.5 GB, and a state that fits is on the host before the disk has begun: the pause is then that of the copy.
@@ -38,10 +39,19 @@ def fetch(array):
 
     if not isinstance(array, jax.Array):
         return np.array(array, copy=None, order="C")
-    shards = [shard.data for shard in array.addressable_shards]
-    view = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        raise ValueError(f"parts of this array of {array.shape} are in other processes: see parts.share")
+    shards = array.addressable_shards
+    if not array.is_fully_replicated and len(shards) > 1:  # its parts, one by one: NumPy would keep all, and copy them
+        whole = np.empty(array.shape, array.dtype)
+        for shard in shards:
+            if shard.replica_id == 0:
+                whole[shard.index] = fetch(shard.data)
+        return whole
+    first = shards[0].data
+    view = jax.make_array_from_single_device_arrays(array.shape, first.sharding, [first])
     # The next step is given the state's memory, and on a CPU NumPy would see just that: it needs a copy.
-    copy = True if next(iter(array.sharding.device_set)).platform == "cpu" else None
+    copy = True if next(iter(first.sharding.device_set)).platform == "cpu" else None
     return np.array(view, copy=copy, order="C")
 
 
@@ -53,9 +63,10 @@ def file_order(arrays):
 def in_chunks(arrays, take=fetch):
     """The bytes of a safetensors file of arrays, {name: array on a device or NumPy array}: its header, then each array.
 
-    take(array) -> NumPy array; it is asked for one when the one before has been consumed.
+    take(array) -> NumPy array; it is asked for one when the one before has been consumed. An attribute `about` of
+    arrays, {text: text}, goes into the header.
     """
-    header, end = {}, 0
+    header, end = {"__metadata__": about} if (about := getattr(arrays, "about", None)) else {}, 0
     for name in file_order(arrays):
         array, start, end = arrays[name], end, end + arrays[name].nbytes
         header[name] = {"dtype": DTYPES[str(array.dtype)], "shape": list(array.shape), "data_offsets": [start, end]}
@@ -121,29 +132,87 @@ class HostBuffer:
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """An array in a safetensors file. start: its first byte in the file."""
+    """An array in a safetensors file. start: its first byte in the file. Indexed by slices, it reads that box alone."""
 
     path: Path
     dtype: object
     shape: tuple
     start: int
 
+    @property
+    def nbytes(self):
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self):
         """The NumPy array; UserError if the file cannot be read."""
-        import numpy as np
+        return self[...]
 
-        array = np.empty(self.shape, self.dtype)
+    def __getitem__(self, index):
+        """The NumPy array of a box. index: `...`, or a slice with step 1 for each of the first axes."""
+        return read_box(self, index)
+
+    def read_into(self, out, box):
+        """Reads a box, (start, stop) of each axis, into a NumPy array of its shape; it needs no more than a piece."""
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.start)
-                left = memoryview(array.reshape(-1).view("uint8"))
-                while left and (count := file.readinto(left)):
-                    left = left[count:]
+                _read_box(file, out, box, self.shape, self.start)
+        except EOFError:
+            raise unreadable(self.path, "it ends too early") from None
         except OSError as error:
             raise unreadable(self.path, error) from None
-        if left:
-            raise unreadable(self.path, "it ends too early")
-        return array
+
+
+def read_box(stored, index):
+    """The NumPy array of a box of a stored array, which has dtype, shape and read_into."""
+    import numpy as np
+
+    box = box_of(index, stored.shape)
+    out = np.empty([stop - start for start, stop in box], stored.dtype)
+    stored.read_into(out, box)
+    return out
+
+
+def box_of(index, shape):
+    """((start, stop), ...) of each axis, for what an array of a shape is indexed by: `...`, or slices with step 1."""
+    index = () if index is Ellipsis else index if isinstance(index, tuple) else (index,)
+    whole = (slice(None),) * (len(shape) - len(index))
+    bounds = [part.indices(size) for part, size in zip((*index, *whole), shape, strict=True)]
+    if any(step != 1 for *_, step in bounds):
+        raise ValueError("a box has no steps")
+    return tuple((start, max(start, stop)) for start, stop, _ in bounds)
+
+
+def _read_box(file, out, box, shape, place):
+    """Reads a box of the array of a shape that begins at byte `place` of a file into `out`, which has its shape."""
+    import numpy as np
+
+    if not out.size:
+        return
+    first, inner = box[0][0] if box else 0, math.prod(shape[1:]) * out.itemsize
+    place += first * inner
+    whole_rows = all((0, size) == bounds for bounds, size in zip(box[1:], shape[1:], strict=True))
+    if whole_rows and out.flags.c_contiguous:
+        return _read_bytes(file, place, out)
+    if len(shape) > 1 and inner > PIECE:
+        for i, row in enumerate(out):
+            _read_box(file, row, box[1:], shape[1:], place + i * inner)
+        return
+    # Whole rows, of which a part is kept: a disk reads some megabytes as fast as a hundred short stretches of them.
+    count, kept = max(1, PIECE // inner), tuple(slice(*bounds) for bounds in box[1:])
+    for i in range(0, len(out), count):
+        rows = np.empty((min(count, len(out) - i), *shape[1:]), out.dtype)
+        _read_bytes(file, place + i * inner, rows)
+        out[i : i + count] = rows[:, *kept]
+
+
+def _read_bytes(file, place, out):
+    file.seek(place)
+    left = memoryview(out.reshape(-1).view("uint8"))
+    while left:
+        if not (count := file.readinto(left)):
+            raise EOFError
+        left = left[count:]
 
 
 def unreadable(path, reason):
@@ -154,6 +223,11 @@ def unreadable(path, reason):
 
 def stored_arrays(path):
     """{name: StoredArray} of a safetensors file, of which only the header is read; UserError if it is none."""
+    return read_header(path)[1]
+
+
+def read_header(path):
+    """(what the header says besides, as the file has it; {name: StoredArray}) of a safetensors file."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -161,8 +235,8 @@ def stored_arrays(path):
             if not 2 <= length <= min(LONGEST_HEADER, size - 8):
                 raise unreadable(path, "its header is not there")
             header = json.loads(file.read(length).decode())
-        header.pop("__metadata__", None)
-        return {name: _find_array(path, entry, 8 + length, size) for name, entry in header.items()}
+        about = header.pop("__metadata__", None)
+        return about, {name: _find_array(path, entry, 8 + length, size) for name, entry in header.items()}
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -7,6 +7,8 @@ import time
 from onechip.errors import say, say_above_bars
 from onechip.hubclient import describe_error, status_of
 
+LATER = "training continues and tries it with the next checkpoint"  # what follows a failure
+
 PROMISE = 75.0  # minutes of work at most that are lost with a machine
 
 
@@ -50,7 +52,7 @@ class Pace:
 
 
 class UploadReport:
-    """What is printed about the uploads to a repository: a failure when it happens, a recovery, and a sum at the end.
+    """What is printed about the uploads to a place: a failure when it happens, a recovery, and a sum at the end.
 
     Failures of the same kind in a row, as each checkpoint has while the network is down, are one line.
     """

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from onechip.checkpoints import arrays_in, write_checkpoint
 from onechip.disk import Disk
-from onechip.errors import UserError
 from onechip.runfolder import checkpoint_name, find_checkpoints
 from onechip.statefile import BUFFER, Abandoned, HostBuffer
+from onechip.together import ALONE, is_written, sit_out
+from onechip.weights import bytes_of
 
 CHECKPOINTS = "checkpoints"  # what Disk calls them
 DISK_SPEED = 250e6  # bytes/s that are hashed and written, to be expected of a cloud machine's disk
 COPY_SPEED = 2e9  # bytes/s from a device to the host
+LONG_PAUSE = 5.0  # seconds that training waits for a checkpoint, from which on it is said
 
 
 def pause_seconds(size, disk_speed=DISK_SPEED):
@@ -22,6 +24,24 @@ def pause_seconds(size, disk_speed=DISK_SPEED):
     What fits the buffer is copied; the rest waits for the disk.
     """
     return max(size / COPY_SPEED, (size - BUFFER) / disk_speed)
+
+
+def write_apart(path, files, disk):
+    """Writes files, as CheckpointWriter.save takes them, in this thread, unless they are there; `disk` is path's."""
+    if files is None:  # another host writes all of it
+        return
+    hosts = getattr(files, "hosts", ALONE)
+
+    def write():
+        if hosts.count > 1 or not is_written(path):
+            write_checkpoint(path, files)
+
+    disk.attempt(path.name, write, away=lambda error: sit_out(path, hosts, error))
+
+
+def describe_pause(seconds, step, state):
+    """A line about a long pause for the checkpoint of a state, a pytree of arrays."""
+    return f"checkpoint: training waits {seconds:.0f} s for each, as for step {step:,}: {bytes_of(state) / 1e9:.1f} GB"
 
 
 class CheckpointWriter:
@@ -46,9 +66,12 @@ class CheckpointWriter:
     def save(self, step, files, best=None):
         """Hands over step_NNNNNNNN, unless it exists; `best` is the step whose checkpoint must be kept.
 
-        files: as pack_state gives them; their arrays may be donated when this returns.
+        files: as pack_state gives them, or what parts.share makes of that on each host, all at the same step; their
+        arrays may be donated when this returns.
         """
         self.wait()
+        if files is None:  # another host writes all of it
+            return
         path, buffer = self._folder / checkpoint_name(step), HostBuffer()
         self._thread = threading.Thread(target=self._work, args=(path, files, best, buffer), name="checkpoint")
         self._thread.start()
@@ -61,7 +84,9 @@ class CheckpointWriter:
 
     def _work(self, path, files, best, buffer):
         try:
-            self._disk.attempt(CHECKPOINTS, self._write, path, files, best, buffer)
+            hosts = getattr(files, "hosts", ALONE)
+            task = CHECKPOINTS, self._write, path, files, best, buffer, hosts
+            self._disk.attempt(*task, away=lambda error: sit_out(path, hosts, error))
         except Abandoned:
             pass
         except BaseException as error:
@@ -69,12 +94,12 @@ class CheckpointWriter:
         finally:
             buffer.end()
 
-    def _write(self, path, files, best, buffer):
-        if path.is_symlink() or path.is_file():
-            raise UserError(f"{path}: is not a checkpoint of this run, and in the way of one: move it elsewhere")
-        if path.exists():
+    def _write(self, path, files, best, buffer, hosts):
+        if hosts.count == 1 and is_written(path):  # of several hosts, the first one looks
             return
         write_checkpoint(path, files, buffer.take)
+        if hosts.index > 0:  # host 0 clears and uploads
+            return
         with contextlib.suppress(OSError):  # the next checkpoint clears what is left
             self._clear(best)
         if self._after:

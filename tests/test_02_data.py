@@ -1,11 +1,13 @@
 """What 02 learns from and is scored on: the stream of tokens, its batches, the held-out rows and their score."""
 
 import functools
+import hashlib
 import importlib
 import itertools
 import json
 import math
 import re
+import shutil
 import zlib
 
 import jax
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from configs import random_params
-from corpus import ROWS, VOCAB, is_one_line, pack, texts_of, tiny
+from corpus import ROWS, VOCAB, assert_same_end, is_one_line, pack, texts_of, tiny, train_tiny
 
 from onechip.errors import UserError
 
@@ -23,6 +25,74 @@ train = importlib.import_module("02_train")
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 BATCH = 144  # tokens
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions of somebody else's
+
+ARRAY = np.arange(5, dtype=np.int32)
+PLACE = {"epoch": 1, "shard": 1, "row_group": 0, "document": 3, "tokens": ARRAY}
+PACKED = {**PLACE, "lengths": np.array([2, 3], np.int32), "packed": 7, "dropped": 0, "log": {"dropped_tokens": 0.5}}
+WRONG = [
+    *[{"epoch": value} for value in (None, "1", 1.0, True, -1, [1], {"a": 1})],
+    *[{name: value} for name in ("shard", "row_group", "document", "step") for value in ("x", -1, None)],
+    *[{"tokens": value} for value in (None, [1, 2], "abc", ARRAY.astype(np.float32), ARRAY.reshape(1, 5), ARRAY - 1)],
+    {"tokens": ARRAY + VOCAB},
+    {"log": [1]},
+    {"log": {"dropped_tokens": "0.5"}},
+]
+WRONG_PACKED = [
+    *[{"lengths": value} for value in (None, [2, 3], np.array([2, 2]), np.array([6, -1]), np.array([[2, 3]]))],
+    *[{name: value} for name in ("packed", "dropped") for value in (None, "7", -1, 1.5)],
+]
+
+
+def wrong_positions():
+    """(packing, what is changed, position) of what a crafted or damaged checkpoint may hold."""
+    stream = [("stream", *change, PLACE | change) for change in WRONG]
+    return stream + [("best-fit", *change, PACKED | change) for change in WRONG + WRONG_PACKED]
+
+
+@pytest.mark.parametrize("packing, wrong, position", wrong_positions())
+def test_what_cannot_be_a_position_is_refused_in_a_line(corpus, tokenizer, packing, wrong, position):
+    """At once, with the field; not by a traceback from the loader's thread, nor by reading somewhere else."""
+    config = tiny(packing=packing, seq_len=9)
+    with pytest.raises(UserError, match="^position, ") as raised:
+        train.pretraining_batches(config, corpus, tokenizer, position)
+    named = str(raised.value).partition("=")[0].removeprefix("position, ")
+    assert is_one_line(raised.value) and named == wrong
+
+
+@pytest.mark.parametrize("packing, position", [("stream", None), ("stream", PLACE), ("best-fit", PACKED)])
+def test_what_can_be_one_is_read_from(corpus, tokenizer, packing, position):
+    """A shard beyond the last, as after an epoch's end, begins the next epoch; large numbers are no error."""
+    config = tiny(packing=packing, seq_len=9)
+    for change in ({}, {"shard": 3}, {"document": 10**30}) if position else ({},):
+        batches = train.pretraining_batches(config, corpus, tokenizer, position and position | change)
+        batch, _ = next(batches)
+        assert batch["x"].shape == (6, 9)
+        batches.close()
+
+
+def test_a_checkpoint_with_a_crafted_position_ends_in_a_line(corpus, tokenizer, straight, tmp_path):
+    """Its hashes are right. The line says what to do, and then the run resumes from an older one to the same end."""
+    shutil.copytree(straight[0].run_dir, tmp_path / "run")
+    newest_one = tmp_path / "run" / "checkpoints" / "step_00000024"
+    for step in (25, 26):
+        shutil.rmtree(newest_one.with_name(f"step_{step:08d}"), ignore_errors=True)
+    state = json.loads((newest_one / "state.json").read_text())
+    raw = json.dumps(state | {"stream": state["stream"] | {"row_group": "1; import os"}}).encode()
+    (newest_one / "state.json").write_bytes(raw)
+    manifest = json.loads((newest_one / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (newest_one / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="^position, row_group='1; import os': of the newest checkpoint") as raised:
+        train_tiny(corpus, tokenizer, tmp_path / "run")
+    assert is_one_line(raised.value)
+    shutil.move(newest_one, tmp_path)
+    again = train_tiny(corpus, tokenizer, tmp_path / "run")
+    assert again.step == 26
+    assert_same_end(tmp_path / "run", straight[0].run_dir)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The stream

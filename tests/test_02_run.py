@@ -46,6 +46,7 @@ def other_tokenizer(shards):
     return tok.tokenizer_hash(few)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_tokenizer_it_began_with(shards, tmp_path, capsys):
     """The corpus has got another one in between, whose ids mean other words. The run resumes to the last bit."""
     train.train_run(run_of(shards, tmp_path, "whole"), config_of())
@@ -57,9 +58,13 @@ def test_a_run_keeps_the_tokenizer_it_began_with(shards, tmp_path, capsys):
     assert [row["loss"] for row in read_rows(runs / "whole") if "loss" in row] == [
         row["loss"] for row in read_rows(runs / "cut") if "loss" in row
     ]
-    names = ("params.safetensors", "opt.safetensors", "stream.safetensors", "tokenizer.json")
+    names = ("params.safetensors", "opt.safetensors", "stream.safetensors", "tokenizer.json", "config.json")
     for name in names:  # left-over tokens too: they do not grow with a resume
         assert (newest(runs / "whole") / name).read_bytes() == (newest(runs / "cut") / name).read_bytes()
+    states = [json.loads((newest(runs / name) / "state.json").read_text()) for name in ("whole", "cut")]
+    assert {"step", "stream", "made_from"} <= set(states[0])
+    scored = {"best_step": 0, "best_score": 0}  # the cut one was scored where it was cut
+    assert {**states[0], **scored} == {**states[1], **scored}
 
 
 def test_a_run_ends_with_its_sessions_hours(shards, tmp_path, capsys):

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -322,9 +321,9 @@ def test_named_scopes_are_in_the_compiled_step():
 EIGHT = dataclasses.replace(STEP, device_batch_size=1, total_batch_size=16, grad_clip=1.0)
 
 
-def report_run(count, masked=False):
+def report_run(count, masked=False, shape=""):
     """Three steps of EIGHT on `count` devices from random parameters: what the tests below compare, as JSON."""
-    mesh = train.make_mesh(jax.devices()[:count])
+    mesh = train.make_mesh(jax.devices()[:count], shape)
     step, state = train.make_train_step(EIGHT, mesh), train.init_state(EIGHT, mesh)
     place = lambda values, like: jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), values, like)
     state["params"] = place(random_params(EIGHT), state["params"])
@@ -348,11 +347,10 @@ def flat_arrays(tree):
 
 
 def report_devices():
-    """Prints one line of JSON: runs on 1 and 8 devices, with masks, with the MLPs split, and on 3 devices."""
+    """Prints one line of JSON: runs on 1 and 8 devices, with masks, with weights split, and on 3 devices."""
     report = {"devices": jax.device_count(), "one": report_run(1), "eight": report_run(8)}
     report |= {"one masked": report_run(1, masked=True), "eight masked": report_run(8, masked=True)}
-    with mock.patch.dict(train.SHARDING, {"F": "data"}):
-        report["split"] = report_run(8)
+    report["split"] = report_run(8, masked=True, shape="data=2,fsdp=4")
     try:
         train.make_train_step(EIGHT, train.make_mesh(jax.devices()[:3]))
     except UserError as error:
@@ -392,15 +390,13 @@ def test_eight_devices_give_the_losses_of_one(devices, kind):
 
 
 @pytest.mark.slow
-def test_a_letter_in_sharding_splits_weights_and_moments(devices):
-    """SHARDING {"F": "data"}: the losses stay, and of an MLP's arrays and its moments each device has an eighth."""
+def test_fsdp_splits_weights_and_moments(devices):
+    """data=2,fsdp=4: the losses stay, and each device has a quarter of every array with n_embd = 84 and its moments."""
     split = devices["split"]
-    assert_same_run(split, devices["one"])
+    assert_same_run(split, devices["one masked"])
     whole = {name: shapes[0] for name, shapes in devices["eight"]["shapes"].items()}
-    want = {
-        name: [84, 42] if "c_fc" in name else [42, 84] if "mlp_proj" in name else shape for name, shape in whole.items()
-    }
-    assert sum(want[name] != shape for name, shape in whole.items()) == 2 * 2 * 3  # two layers; weights, mu and nu
+    want = {name: [21 if size == 84 else size for size in shape] for name, shape in whole.items()}
+    assert sum(want[name] != shape for name, shape in whole.items()) == 14 * 3  # 6 in two layers each, 2 more
     assert {name: shapes for name, shapes in split["shapes"].items()} == {name: [s] * 8 for name, s in want.items()}
     assert split["equal"] == [name for name, shape in whole.items() if want[name] == shape]
 

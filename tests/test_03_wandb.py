@@ -1,14 +1,18 @@
 """03_worker against wandb's own client and agent, in real processes, which talk to a server on loopback."""
 
+import base64
 import contextlib
 import importlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import hub
 import pytest
+import wandb_server
 from conftest import ROOT
 from execute import TINY
 from wandb_server import Fault, WandbServer
@@ -174,3 +178,69 @@ def test_offline_trials_are_recorded_for_later(server, tmp_path):
     assert "trials: handed out by a folder on this machine" in printed
     assert len(list((tmp_path / "runs" / "s" / "wandb").glob("offline-run-*/*.wandb"))) == 2
     assert [what for what, _ in server.requests if "otel" not in what] == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Secrets
+
+HUB_CANARY, WANDB_CANARY = "hf_TheHubsCanaryNeverToBeSeen", "4a0c3b1e9d5f7a2b8c6d0e4f1a9b3c5d7e2f8a6b"
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """All that the two servers are sent, without the headers that are meant for a secret."""
+    received, real_hub, real_wandb = [], hub._Handler.read_body, wandb_server._Handler._take
+
+    def note(handler, body):
+        headers = [f"{name}: {value}" for name, value in handler.headers.items() if name.lower() != "authorization"]
+        received.append("\n".join([handler.path, *headers]).encode() + body)
+        return body
+
+    def take(handler):
+        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        with_secret.add(handler.headers.get("Authorization") or "")
+        handler.rfile = io.BytesIO(note(handler, body))
+        real_wandb(handler)
+
+    with_secret = set()
+    monkeypatch.setattr(hub._Handler, "read_body", lambda handler: note(handler, real_hub(handler)))
+    for method in ("do_GET", "do_POST", "do_PUT"):
+        monkeypatch.setattr(wandb_server._Handler, method, take)
+    yield received, with_secret
+
+
+def forms_of(secret):
+    """What a secret must not be found as: its second half, and the whole in base64, as a password in a header is."""
+    encoded = [base64.b64encode(f"{user}:{secret}".encode()) for user in ("api", "")]
+    return [secret[len(secret) // 2 :].encode(), *encoded]
+
+
+@pytest.mark.parametrize("notebook", ["02_train", "03_worker", "05_speedrun"])
+def test_no_secret_is_in_a_file_a_line_or_a_request(server, sent, tmp_path, notebook):
+    """Both secrets in the environment of a whole run: each travels in its header alone.
+
+    Looked through: the run's folder with its config, wandb's own files and logs, the Hub's cache, what is printed, what
+    the servers were sent, what lies in the Hub's repositories.
+    """
+    received, with_secret = sent
+    words = {"03_worker": ["--where", "wandb"]}.get(notebook, ["--name", "x", "--out", "runs"])
+    with hub.Hub(users={HUB_CANARY: "someone"}) as repositories:
+        environment = os.environ | server.environment() | repositories.environment()
+        environment |= {"HF_TOKEN": HUB_CANARY, "WANDB_API_KEY": WANDB_CANARY, "WANDB_SILENT": "false"}
+        environment |= {name: str(tmp_path / name) for name in ("HOME", "HF_HOME", "ONECHIP_HOME")}
+        command = [sys.executable, "-c", DRIVER, str(ROOT / f"{notebook}.py"), *TINY[notebook].split(), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        commits = [files for repo in repositories.repos.values() for files in repo.commits.values()]
+        stored = [raw for files in commits for raw in files.values()]
+    if notebook == "03_worker":
+        used = {header.partition(" ")[2].encode() for header in with_secret}
+        assert server.runs["results-sweep1"].files and used & set(forms_of(WANDB_CANARY)), "wandb had the key"
+    else:
+        assert HUB_CANARY in repositories.tokens and "upload: README.md" in done.stdout and stored
+    assert list(tmp_path.glob("runs/**/config.json")) and received
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()}
+    for form in [*forms_of(HUB_CANARY), *forms_of(WANDB_CANARY)]:
+        assert form not in (done.stdout + done.stderr).encode()
+        assert [path for path, raw in files.items() if form in raw] == []
+        assert not any(form in raw for raw in (*received, *stored))

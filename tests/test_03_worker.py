@@ -403,17 +403,75 @@ def test_a_trial_that_is_gone_is_not_waited_for(corpus, tmp_path):
     assert backend.claim()[0]["name"] == "0003" and backend.claim() is None
 
 
-@pytest.mark.parametrize("content", ["", '{"learning_rate": 0.0', "[]"])
+@pytest.mark.parametrize("content", ["", '{"a": 1}'])
 def test_a_trial_that_is_cut_is_a_row_with_a_reason(mixed, content):
-    """It is neither run nor waited for, and the table is printed."""
+    """Or one of another sweep. It is neither run nor waited for, and the table is printed."""
     (mixed.folder / "0005.json").write_text(content)
-    (mixed.folder / "0003.result.json").write_text(content)
+    (mixed.folder / "0003.result.json").write_text('{"rows": 5}')
     worker.show_results(mixed)
     rows = {row["trial"]: (row["state"], row["reason"]) for row in worker.tabulate(mixed)}
-    assert rows["0005"] == ("failed", "0005.json cannot be read") and rows["0001"][0] == "finished"
+    assert rows["0005"][0] == "failed" and rows["0005"][1] in ("0005.json cannot be read", NOT_OURS)
+    assert rows["0001"][0] == "finished" and rows["0003"] == ("running", "")
+    assert mixed.claim()[0]["name"] == "0006"  # another worker may have 0003 still
     os.utime(mixed.folder / "0003.lease-1", (1, 1))
     assert mixed.claim()[0]["name"] == "0003"  # its result is cut, so that it has to run again
     assert not any(trial["name"] == "0005" for trial in mixed.trials() if trial["state"] == "running")
+
+
+NOT_OURS = "0005.json is not a trial of this sweep"
+
+
+@pytest.mark.parametrize("change", [{"n_head": 10**9}, {"learning_rate": "x"}, {"budget_size": 1}, {"more": 1}])
+def test_a_trial_that_the_search_cannot_have_proposed_is_none(mixed, change):
+    """Values that it would choke on, or that memory would not be enough for; those that it has proposed are its own."""
+    values = read_json_or_none(mixed.folder / "0001.json")
+    assert worker.is_proposal(values, mixed.sweep) and worker.is_proposal(mixed.claim()[0]["parameters"], mixed.sweep)
+    (mixed.folder / "0005.json").write_text(json.dumps({**values, **change}))
+    assert mixed.trials()[4]["reason"] == NOT_OURS and mixed.trials()[4]["parameters"] == {}
+
+
+RESULT = {"state": "finished", "reason": "", "rows": [{"step": 6, "val_bpb": 2.0}], "released": 0}
+NO_RESULTS = ["", "[]", '{"state": "fin', '{"rows": 5}', *(
+    json.dumps({**RESULT, **change})
+    for change in (
+        {"rows": [1]}, {"rows": [{"step": 6}]}, {"rows": [{"step": 6, "val_bpb": "x"}]},
+        {"rows": [{"step": 6, "val_bpb": float("nan")}]}, {"state": "done"}, {"state": 7}, {"reason": None},
+        {"released": "1"},
+    )
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NO_RESULTS)
+def test_a_result_that_is_none_is_as_if_it_were_not_there(tmp_path, content):
+    """Cut, or with rows that are no scores."""
+    (tmp_path / "0001.result.json").write_text(json.dumps(RESULT))
+    assert worker.read_result(tmp_path / "0001.result.json") == RESULT
+    (tmp_path / "0001.result.json").write_text(content)
+    assert worker.read_result(tmp_path / "0001.result.json") == worker.NO_RESULT
+
+
+def test_numbers_of_trials_come_to_an_end(mixed):
+    """After 9999 comes the first number that is free, and no loop without one."""
+    os.rename(mixed.folder / "0004.json", mixed.folder / "9999.json")
+    for path in mixed.folder.glob("0004.*"):
+        path.unlink()
+    assert mixed.claim()[0]["name"] == "9999" and mixed.claim()[0]["name"] == "0004"
+
+
+def test_a_sweep_in_a_folder_that_takes_nothing_is_refused_first(corpus, tmp_path):
+    """A file in its place; and a folder that has become read-only, in which nobody could claim a trial."""
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "sweep"):
+        with pytest.raises(UserError, match=rf"^{folder}: cannot be written to .*; choose another --out$"):
+            local_sweep(corpus, folder)
+    local_sweep(corpus, tmp_path / "sweep").claim()
+    mount = ["mount", "--bind", "-o", "ro", tmp_path / "sweep", tmp_path / "sweep"]
+    if subprocess.run(mount, capture_output=True).returncode == 0:
+        try:
+            with pytest.raises(UserError, match=r"/sweep: cannot be written to \(Read-only file system\)"):
+                local_sweep(corpus, tmp_path / "sweep")
+        finally:
+            subprocess.run(["umount", "-l", tmp_path / "sweep"], check=True)
 
 
 @pytest.mark.parametrize("content", ["", '{"name": "s', "[]", "{}", '{"name": "s"}', '{"parameters": {"a": 1}}'])
@@ -422,6 +480,26 @@ def test_a_sweep_that_is_cut_is_refused_in_one_line(corpus, tmp_path, content):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text(content)
     with pytest.raises(UserError, match=r"sweep='.*sweep.json': (cannot be read: delete it|was not created)") as error:
+        local_sweep(corpus, tmp_path / "sweep")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"run_cap": "x"}, "its run_cap is 'x'"),
+        ({"run_cap": 0}, "its run_cap is 0"),
+        ({"run_cap": None}, "its run_cap is None"),
+        ({"method": 9}, "the search refuses this sweep"),
+        ({"early_terminate": 7}, "the search refuses this sweep"),
+    ],
+)
+def test_a_sweep_that_was_changed_by_hand_is_refused_in_one_line(corpus, tmp_path, change, said):
+    """Before any trial is claimed."""
+    local_sweep(corpus, tmp_path / "sweep")
+    path = tmp_path / "sweep" / "sweep.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=said) as error:
         local_sweep(corpus, tmp_path / "sweep")
     assert "\n" not in str(error.value)
 
@@ -542,6 +620,57 @@ def test_a_stopped_worker_that_continues_destroys_nothing(corpus, tmp_path):
     assert not (folder / "0001.lease-3").exists()
 
 
+@pytest.mark.slow
+def test_a_worker_for_each_chip(tmp_path):
+    """--chips one on a host of two: two workers share the trials, each sees one chip; one table, from all of them."""
+    flags = "--xla_force_host_platform_device_count=2"
+    words = "--name s --chips one --run_cap 4 --num_iterations 60".split()
+    done = start_worker(tmp_path, *words, XLA_FLAGS=flags)
+    printed = done.communicate(timeout=280)[0]
+    assert done.returncode == 0, printed[-3000:]
+    folder, lines = tmp_path / "runs" / "s", printed.splitlines()
+    assert lines[0] == "chips: 2 x cpu, a process for each"
+    assert len([line for line in lines if re.match(r"chip [01]: device: 1 x cpu", line)]) == 2
+    assert lines.index("chip 0: worker: has opened runs/s") < min(map(lines.index, filter(of_chip_1, lines)))
+    owners = [read_json_or_none(folder / f"000{i}.lease-1")["pid"] for i in range(1, 5)]
+    assert len(set(owners)) == 2 and done.pid not in owners
+    configs = [read_json_or_none(folder / f"trial-000{i}" / "config.json") for i in range(1, 5)]
+    assert {config["device"] for config in configs} == {"1 x cpu"}
+    assert sum(line.startswith("trial  ") for line in lines) == 1, "the table is printed once"
+    with open(folder / "results.csv") as file:
+        assert {row["state"] for row in csv.DictReader(file)} <= {"finished", "stopped"}
+
+
+def of_chip_1(line):
+    return line.startswith("chip 1: ")
+
+
+@pytest.mark.slow
+def test_an_interrupt_gives_back_the_trials_of_all_chips(tmp_path):
+    """SIGTERM to the one process that was started: both workers save, and say so; the table follows, exit code 0."""
+    words = "--name s --chips one --run_cap 4 --num_iterations 30000".split()
+    process = start_worker(tmp_path, *words, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    folder = tmp_path / "runs" / "s"
+    rows = lambda i: folder / f"trial-000{i}" / "metrics.jsonl"
+    wait_for(lambda: all(rows(i).exists() and rows(i).stat().st_size > 0 for i in (1, 2)))
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed[-3000:]
+    for i in (1, 2):
+        result = read_json_or_none(folder / f"000{i}.result.json")
+        assert result["state"] == "interrupted" and result["released"] == 1, printed[-3000:]
+        assert newest_checkpoint(folder / f"trial-000{i}" / "checkpoints")
+
+
+def test_chips_are_all_or_one(monkeypatch):
+    """Any other word is refused before a process is started, and so is whatever else is wrong with the settings."""
+    monkeypatch.setattr(worker, "run_on_each_chip", lambda *args: pytest.fail("started"))
+    monkeypatch.setattr(sys, "argv", ["03_worker.py"])
+    for words, said in (("--chips two", "chips='two': use all or one"), ("--chips one --count -1", "count=-1")):
+        with pytest.raises(UserError, match=said):
+            worker.work_on_each_chip(words)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What came out
 
@@ -551,7 +680,7 @@ def mixed(corpus, tmp_path):
     """A sweep with a trial of each kind."""
     backend = local_sweep(corpus, tmp_path / "sweep")
     put_trial(backend, "0001", "finished", [3.0, 2.5, 2.2], learning_rate=0.02, n_head=3)
-    put_trial(backend, "0002", "failed", [], "n_head=7: does not fit", n_head=7)
+    put_trial(backend, "0002", "failed", [], "n_head=5: does not fit", n_head=5)
     put_trial(backend, "0003", "stopped", [2.1], "by Hyperband", learning_rate=0.03)
     put_trial(backend, "0004", "finished", [3.1, 2.7, 2.4], learning_rate=0.05, n_head=5)
     return backend
@@ -570,7 +699,64 @@ def test_table_is_sorted_and_says_what_was_equal(mixed):
     assert rows[2]["flops"] / rows[1]["flops"] > 5 / 3
     text = worker.describe_table(rows, mixed.sweep)
     assert "equal tokens, 4,320 tokens a trial" in text.splitlines()[0]
-    assert text.splitlines()[-1].endswith("n_head=7: does not fit")
+    assert text.splitlines()[-1].endswith("n_head=5: does not fit")
+
+
+@pytest.mark.slow
+def test_a_sweep_can_make_a_figure_of_tasks_best(corpus, tmp_path, monkeypatch):
+    """--metric tasks/...: each trial asks tasks at its evaluations, the search and Hyperband get that figure, higher is
+    better, and the table, the best config and the picture go by it."""
+    settings = {"metric": "tasks/made_subset", "evaluations": 2}
+    sweep = make_sweep(corpus, settings=settings.items(), eval_core_examples=4)
+    assert sweep["metric"] == {"name": "tasks/made_subset", "goal": "maximize"}
+    config = worker.trial_config(parameters(corpus, **worker.constants(sweep)))
+    assert config.eval_core_every == config.eval_every == config.num_iterations // 2
+    backend = worker.LocalSweep(tmp_path / "sweep", sweep)
+    asked = iter([0.1, 0.3, 0.2, 0.2])
+
+    def suite(corpus, tokenizer, config, model, mesh):
+        return lambda params: {"tasks/made_subset": next(asked), "tasks/copy": 0.5}
+
+    monkeypatch.setattr(train, "make_asker", suite)
+    for name in ("0001", "0002"):
+        assert backend.run_next(corpus, None)[0] == name
+    trials = backend.trials()
+    assert [[row["tasks/made_subset"] for row in trial["rows"]] for trial in trials] == [[0.1, 0.3], [0.2, 0.2]]
+    assert all("val_bpb" in row for trial in trials for row in trial["rows"]), "all scores of a step in one"
+    rows = worker.tabulate(backend)
+    assert [(row["trial"], row["tasks/made_subset"]) for row in rows] == [("0001", 0.3), ("0002", 0.2)]
+    assert "tasks/made_subset" in worker.describe_table(rows, sweep).splitlines()[1]
+    assert worker.best_config(backend).learning_rate == trials[0]["parameters"]["learning_rate"]
+    worker.plot_sweep(trials, rows, sweep, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="^metric='core': use val_bpb, or a figure that begins with tasks/"):
+        worker.Settings(metric="core")
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.png"])
+def test_a_folder_in_the_place_of_the_results_is_a_line(mixed, tmp_path, capsys, monkeypatch, name):
+    """Before any trial when the sweep is opened; and where it came later, after the table was printed."""
+    (mixed.folder / name).mkdir()
+    with pytest.raises(UserError, match=f"^sweep='.*{name}': is a folder, and the results go there") as raised:
+        worker.show_results(mixed)
+    assert "\n" not in str(raised.value) and "by Hyperband" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["03_worker.py"])
+    (tmp_path / "runs" / "s" / name).mkdir(parents=True)
+    words = f"{TINY['03_worker']} --name s --out {tmp_path / 'runs'}"
+    with pytest.raises(UserError, match=f"s/{name}': is a folder"):
+        worker.open_sweep(words)
+
+
+def test_results_that_cannot_be_written_are_a_line(mixed, capsys, monkeypatch):
+    """A disk that is away by then: the table is printed all the same."""
+
+    def away(*args):
+        raise OSError(107, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(worker, "write_table", away)
+    with pytest.raises(UserError, match=r"sweep: cannot be written to \(Transport .*\); the table is above") as raised:
+        worker.show_results(mixed)
+    assert "\n" not in str(raised.value) and "by Hyperband" in capsys.readouterr().out
 
 
 def test_best_config_is_what_02_takes(mixed, corpus):

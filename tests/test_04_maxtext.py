@@ -34,7 +34,8 @@ from safetensors.numpy import load_file
 from onechip import resume
 from onechip.checkpoints import flatten
 from onechip.errors import UserError
-from onechip.session import Result, Session
+from onechip.result import Result
+from onechip.session import Session
 from onechip.settings import fixed_fields
 from onechip.weights import cast_weights, draw_weights, weight_shapes
 

@@ -70,7 +70,7 @@ def lion_init(config, weights, params):
     return {"momentum": jax.tree.map(jnp.zeros_like, params), "age": jnp.zeros((), jnp.int32), "norms": norms}
 
 
-def lion_update(config, weights, params, state, grads, step):
+def lion_update(config, weights, params, state, grads, step, spread):
     momentum = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state["momentum"], grads)
     new = jax.tree.map(lambda p, m: p - 0.2 * train.learning_rate_at(config, step) * jnp.sign(m), params, momentum)
     matrices = [p for w, p in zip(jax.tree.leaves(weights), jax.tree.leaves(new), strict=True) if w.kind != "scalar"]

@@ -78,7 +78,7 @@ def test_every_answer_counts_the_same_and_nothing_else_does():
     counts = batch["mask"].reshape(3, -1).sum(axis=1)
     assert len(set(counts)) > 1
     mesh = train.make_mesh(jax.local_devices()[:1])
-    sgd = train.Optimizer("sgd", lambda *_: (), lambda c, w, p, s, g, step: (jax.tree.map(jnp.subtract, p, g), s))
+    sgd = train.Optimizer("sgd", lambda *_: (), lambda c, w, p, s, g, *rest: (jax.tree.map(jnp.subtract, p, g), s))
     config = tiny(grad_clip=0.0)
     state = train.init_state(config, mesh, optimizer=sgd)
     params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), state["params"])

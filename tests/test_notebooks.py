@@ -15,7 +15,7 @@ import jupytext
 import nbformat
 import pytest
 from conftest import ROOT
-from execute import TINY, copy_repository, run_notebook, set_overrides
+from execute import TINY, copy_repository, run_notebook, set_overrides, train_before
 
 from onechip.machine import has_tpu
 
@@ -361,6 +361,7 @@ def test_runs_from_top_to_bottom(name, tmp_path):
     (tmp_path / "notebooks").mkdir()
     notebook = read_ipynb(name)
     set_overrides(notebook, TINY[name])
+    train_before(name, tmp_path / "notebooks")
     printed = run_notebook(notebook, tmp_path / "notebooks")
     assert printed.strip()
     assert "NO TPU" not in printed, "the opening cell speaks on Colab only"

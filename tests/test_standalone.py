@@ -15,7 +15,7 @@ from urllib.parse import quote
 import nbformat
 import pytest
 from conftest import ROOT, SUPPORT
-from execute import TINY, copy_repository, run_cells, run_notebook, set_overrides
+from execute import TINY, copy_repository, run_cells, run_notebook, set_overrides, train_before
 from hub import Hub
 
 COLAB = SUPPORT / "colab"
@@ -416,6 +416,7 @@ def test_notebook_alone_on_colab(name, tmp_path, content, origin):
     shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", content / f"Copy of {name}.ipynb")
     notebook = nbformat.read(content / f"Copy of {name}.ipynb", as_version=4)
     set_overrides(notebook, TINY[name])
+    train_before(name, content)
     offers = [cell for cell in notebook.cells if cell.source.startswith("GIVE_BACK = False")]
     for cell in offers:
         cell.source = cell.source.replace("GIVE_BACK = False", "GIVE_BACK = True")

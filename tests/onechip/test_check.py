@@ -66,6 +66,7 @@ def run_tool(folder, *flags, **more):
     )
 
 
+@pytest.mark.slow
 def test_a_whole_check_passes_here(tmp_path, given, monkeypatch, capsys):
     """Of one model: every part has rows, all right, printed and in the file, which says nothing private."""
     monkeypatch.setenv("ONECHIP_HOME", str(tmp_path / "home"))

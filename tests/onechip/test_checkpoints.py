@@ -65,7 +65,7 @@ def some_files(value):
     return {
         "params.safetensors": {"w": np.full(4, value, np.float32)},
         "opt.safetensors": {"mu.w": np.zeros(4, np.float32)},
-        "metrics.jsonl": b"{}\n",
+        "metrics.jsonl": b'{"step": 1}\n',
         "state.json": b'{"step": %d}' % value,
         "config.json": b"{}",
     }
@@ -476,6 +476,10 @@ DAMAGES = {
     "torn metrics": craft("metrics.jsonl", b'{"step": 1}\n{"st'),
     "torn state": craft("state.json", b'{"step": 3'),
     "deep state": craft("state.json", b"[" * 200_000),
+    "a row without a step": craft("metrics.jsonl", b'{"step": 1}\n{"loss": 2.5}\n'),
+    "a step of thousands of bits": craft("metrics.jsonl", b'{"step": 1%s}\n' % (b"0" * 2000)),
+    "a loss of letters": craft("metrics.jsonl", b'{"step": 1, "loss": "2.5"}\n'),
+    "a best score of letters": craft("state.json", b'{"step": 3, "stream": {}, "best_score": "low"}'),
     "config a list": craft("config.json", b"[]"),
     "empty": lambda path: (shutil.rmtree(path), path.mkdir()),
 }

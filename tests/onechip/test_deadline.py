@@ -73,6 +73,7 @@ def test_the_age_of_a_process_counts_from_its_start(monkeypatch):
     assert 0 < machine.process_age() < 3600 and machine.process_age() <= time.monotonic() - machine.IMPORTED
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_in_time(tmp_path):
     """Steps without end and 12 s: status 0, a line, and the last step's checkpoint."""
     code = "import conftest, pathlib, sys, test_session as t; from onechip import deadline; deadline.SLACK = 0.5; "

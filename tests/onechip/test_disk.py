@@ -22,7 +22,7 @@ from test_session import (
     ORIGIN,
     STATE,
     Config,
-    Mirror,
+    NotingMirror,
     acting_at,
     add_batch,
     count_up,
@@ -190,7 +190,7 @@ def test_a_checkpoint_that_failed_is_tried_again_once_a_minute(tmp_path, clock, 
 def test_what_cannot_be_written_at_the_end_is_rescued(straight, tmp_path, clock, monkeypatch, capsys, how):
     """To this machine's own disk, with a line that says where; the same command brings it back, and ends the same."""
     monkeypatch.setenv("ONECHIP_HOME", str(tmp_path / "home"))
-    folder, mirror = tmp_path / "drive" / "run", Mirror()
+    folder, mirror = tmp_path / "drive" / "run", NotingMirror()
     away, ends = Away(monkeypatch, tmp_path / "drive", errno.ENOTCONN), {}
     if how == "interrupted":
         ends = {"at_17": lambda: signal.raise_signal(signal.SIGTERM)}
@@ -236,15 +236,25 @@ def test_a_rescued_checkpoint_is_that_runs_own(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "home" / "rescued").iterdir()) == []
 
 
-def test_where_nothing_can_be_written_the_end_is_an_error(tmp_path, monkeypatch):
-    """This machine's own disk is full as well: one line, after the last step."""
+NOWHERE = [
+    (FullDisk("step: the disk is full"), "^step: the disk is full$"),
+    (
+        OSError(errno.EFBIG, "File too large"),
+        r"step_00000020: cannot be written to \(File too large\); nor .* lost$",
+    ),
+]
+
+
+@pytest.mark.parametrize("error, said", NOWHERE, ids=["full", "limited"])
+def test_where_nothing_can_be_written_the_end_is_an_error(tmp_path, monkeypatch, error, said):
+    """This machine's own disk is full as well, or files are limited in size: one line, after the last step."""
 
     def refuse(path, files, take=None):
-        raise FullDisk(f"{path}: the disk is full")
+        raise error
 
     monkeypatch.setattr(writer, "write_checkpoint", refuse)
     monkeypatch.setattr("onechip.session.write_checkpoint", refuse)
-    with pytest.raises(UserError, match="the disk is full") as raised:
+    with pytest.raises(UserError, match=said) as raised:
         drive(tmp_path)
     assert is_one_line(raised.value) and len(read_rows(tmp_path)) == 23 and threads() == []
 

@@ -12,7 +12,6 @@ from onechip.estimate import (
     kernel_cycles,
     least_bytes,
     memory_parts,
-    reduced_bytes,
     row_cycles,
     step_seconds,
     xla_cycles,
@@ -36,18 +35,18 @@ CHIP = train.Config(
 
 def test_memory_parts_sum_to_the_peak():
     """Parameters as stored, float32 gradients, optimizer, bfloat16 weights if computed in that, a slice of logits."""
-    parts = memory_parts(CHIP, {"params": 1000, "param_bytes": 3210, "state_bytes": 7890}, 50_000_000)
+    parts = memory_parts(CHIP, {"params": 3000, "held": 1000, "param_bytes": 3210, "state_bytes": 7890}, 50_000_000)
     logits = 2 * 512 * 1024 * 2  # 1,024 tokens at a time, fewer than a slice
     assert parts["parameters"] == 3210 and parts["optimizer"] == 7890 and parts["gradients"] == 4000
     assert parts["bfloat16 weights"] == 2000 and parts["logits"] == logits
     assert sum(parts.values()) == 50_000_000
-    single = memory_parts(TINY, {"params": 1000, "param_bytes": 4000, "state_bytes": 8000}, 50_000_000)
+    single = memory_parts(TINY, {"params": 3000, "held": 1000, "param_bytes": 4000, "state_bytes": 8000}, 50_000_000)
     assert "bfloat16 weights" not in single and single["logits"] == 13 * 31 * 4
 
 
 def test_the_least_that_a_step_needs_is_counted_by_arithmetic():
     """What stays, the input of each layer, and the larger of a slice's logits and an eighth of the scores."""
-    count = {"params": 1000, "param_bytes": 3210, "state_bytes": 7890}
+    count = {"params": 3000, "held": 1000, "param_bytes": 3210, "state_bytes": 7890}
     inputs, scores = 6 * 18 * 2 * 84, 6 * 6 * 18 * 18 // 8
     assert scores > 13 * 31  # logits of a slice
     assert least_bytes(TINY, count) == 3210 + 7890 + 4 * (inputs + scores)
@@ -126,22 +125,20 @@ def test_lookups_and_row_sums_are_counted_by_their_bundles():
     assert xla_cycles(lines) == xla_cycles(HLO) + row_cycles(gather) + row_cycles(add)
 
 
-def test_sums_over_devices_take_what_the_links_need():
-    """Bytes of all that is summed, in loops too; of eight devices each sends 7 of 8 parts twice, a single one none."""
+def test_what_goes_between_devices_takes_what_the_links_need():
+    """Sums of 61 float32 and 7 bfloat16, and in a loop that runs 16 times of 20; a single chip has none."""
     sums = (
         "  %all-reduce.5 = (f32[6,10]{1,0:T(8,128)}, bf16[7]{0}, /*index=2*/f32[]) all-reduce(%a, %b, %c), channel_id=1"
     )
-    started = "  %s.1 = f32[20]{0} all-reduce-start(%a), channel_id=2\n  %e.1 = f32[20]{0} all-reduce-done(%s.1)"
-    hlo = HLO.replace("  %k.1", sums + "\n  %k.1").replace("  %b.1", started + "\n  %b.1")
-    assert reduced_bytes(HLO) == 0 and reduced_bytes(hlo) == 4 * 61 + 2 * 7 + 16 * 80
-    config, compiled = train.Config(total_batch_size=64), SimpleNamespace(as_text=lambda: hlo)
-    seconds = {}
+    looped = "  %s.1 = f32[20]{0} all-reduce(%a), channel_id=2"
+    hlo = HLO.replace("  %k.1", sums + "\n  %k.1").replace("  %b.1", looped + "\n  %b.1")
+    config, seconds = train.Config(total_batch_size=64), {}
     for devices in (1, 8):
         device = SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
         mesh = SimpleNamespace(size=devices, devices=np.array([device] * devices))
-        alone = step_seconds(config, SimpleNamespace(as_text=lambda: HLO), mesh)
-        seconds[devices] = step_seconds(config, compiled, mesh) - alone
-    assert seconds[1] == 0 and seconds[8] == pytest.approx(2 * 7 / 8 * reduced_bytes(hlo) / 180e9)
+        alone, with_sums = (step_seconds(config, SimpleNamespace(as_text=lambda t=t: t), mesh) for t in (HLO, hlo))
+        seconds[devices] = with_sums - alone
+    assert seconds[1] == 0 and seconds[8] == pytest.approx(2 * 7 / 8 * (4 * 61 + 2 * 7 + 16 * 80) / 180e9)
 
 
 def test_kernel_cycles_follow_the_tiles_that_a_window_leaves():

@@ -4,6 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +16,13 @@ from onechip.errors import UserError
 from onechip.files import (
     age_of,
     atomic_write,
+    clear_abandoned,
     create_whole,
     hash_file,
     read_json,
     read_json_lines,
     read_json_or_none,
+    require_writable,
     write_hashed,
     write_json,
     write_text,
@@ -99,6 +105,30 @@ def test_a_disk_that_fills_up_at_the_fsync_is_reported_in_one_line(tmp_path, mon
     assert listing(tmp_path) == []
 
 
+def test_a_disk_without_room_for_a_name_is_reported_in_one_line(tmp_path, monkeypatch):
+    """No inode is left: the folder of the draft cannot be made."""
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(UserError, match=r"file.txt: the disk is full"):
+        with atomic_write(tmp_path / "file.txt") as part:
+            part.write_text("whole")
+    assert listing(tmp_path) == []
+
+
+def test_a_folder_that_takes_nothing_is_refused_in_one_line(tmp_path):
+    """A file in its place, a file above it, a system's folder: the reason and a way out. Elsewhere nothing is left."""
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/onechip")):
+        with pytest.raises(UserError, match=rf"^{folder}: cannot be written to \(.*\); choose another$") as caught:
+            require_writable(folder, "choose another")
+        assert "\n" not in str(caught.value)
+    require_writable(tmp_path / "a" / "b", "choose another")
+    assert listing(tmp_path) == ["a", "a/b", "file"]
+
+
 def record_disk_calls(monkeypatch):
     """The order of fsyncs and renames, as ("fsync", inode) and ("rename", inode of what is renamed)."""
     calls, real_fsync, real_replace = [], os.fsync, os.replace
@@ -172,6 +202,36 @@ def test_a_file_is_created_once(tmp_path, monkeypatch, links):
         monkeypatch.setattr(os, "link", refuse)
     assert create_whole(tmp_path / "a", "1") and not create_whole(tmp_path / "a", "2")
     assert (tmp_path / "a").read_text() == "1" and listing(tmp_path) == ["a"]
+
+
+KILLED = """
+import os, sys
+from onechip import files
+with files.atomic_write(files.Path(sys.argv[1]) / "loss.png") as part:
+    part.write_text("half")
+    files.draft_path(files.Path(sys.argv[1]) / "lease").touch()
+    os._exit(9)
+"""
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    """After an hour: a write that is under way is younger, by whatever part of it. A person's files stay."""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    drafts, before = [path for path in tmp_path.iterdir() if path.is_dir()], listing(tmp_path)
+    clear_abandoned(tmp_path)
+    assert len(drafts) == 2 and listing(tmp_path) == before
+    for name in (".notes.part", ".loss.png.12345678", ".a.0123456789", "loss.png"):
+        (tmp_path / name).touch()
+    (tmp_path / ".mine.abcdefgh.part").mkdir()
+    (tmp_path / ".mine.abcdefgh.part" / "notes.txt").touch()
+    (tmp_path / ".link.abcdefgh.part").symlink_to(tmp_path / ".mine.abcdefgh.part")
+    theirs = set(listing(tmp_path)) - set(before)
+    for path in sorted(tmp_path.rglob("*"), reverse=True):
+        os.utime(path, (1, 1), follow_symlinks=False)
+    os.utime(drafts[0] / "loss.png")
+    clear_abandoned(tmp_path)
+    assert set(listing(tmp_path)) == theirs | {drafts[0].name, f"{drafts[0].name}/loss.png"}
 
 
 def test_a_files_age_is_by_its_file_systems_clock(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -19,16 +20,18 @@ from onechip.fit import (
     DoesNotFit,
     Workload,
     compare_microbatches,
+    divisors,
     explore,
     find_largest_batch,
-    largest_that_fits,
     measure,
     nearest_that_fits,
     peak_rate,
     require_fit,
+    show,
     smaller_configs,
 )
 from onechip.fitreport import describe, describe_run
+from onechip.largest import largest_that_fits
 
 train = importlib.import_module("02_train")
 
@@ -89,10 +92,12 @@ def toy_work(peak_of, *, limit=None, kind="TPU v6 lite", devices=1, seconds_of=N
 
     def count(config):
         params = params_of(config) if params_of else 10
-        return {"params": params, "param_bytes": 4 * params, "state_bytes": 8 * params}
+        sizes = {"param_bytes": 4 * params // devices, "state_bytes": 8 * params // devices}
+        return {"params": params, "held": params, "whole_bytes": 12 * params, **sizes}
 
     device = SimpleNamespace(platform="tpu", device_kind=kind, memory_stats=lambda: limit and {"bytes_limit": limit})
-    mesh = SimpleNamespace(size=devices, devices=np.array([device] * devices))
+    shape = {"data": 1, "fsdp": devices}
+    mesh = SimpleNamespace(size=devices, devices=np.array([device] * devices), shape=shape)
     return Workload(mesh, lower, count, lambda config: 2e9), asked
 
 
@@ -231,12 +236,29 @@ def test_a_config_too_large_is_refused_with_the_nearest_that_fits(monkeypatch, t
         require_fit(tiny_work, TINY)
 
 
-@pytest.mark.parametrize("fields", [{"seq_len": 1_000_000_000}, {"vocab_size": 99_999_999_999_999}])
+ABSURD = [
+    {"seq_len": 1_000_000_000},
+    {"vocab_size": 99_999_999_999_999},
+    {"n_head": 10**9, "n_kv_head": 0, "aspect_ratio": 10**9},
+    {"head_dim": 10**9, "aspect_ratio": 10**9},
+]
+
+
+@pytest.mark.parametrize("fields", ABSURD, ids=lambda fields: next(iter(fields)))
 def test_absurd_sizes_of_a_real_model_are_refused_at_once(fields, tiny_work):
     """Counting them traces nothing of that size and overflows nowhere."""
     tiny_work = tiny_work._replace(lower=None)
     with pytest.raises(DoesNotFit, match="at least .* GiB of the .* of 1 x cpu; no smaller batch or model"):
         require_fit(tiny_work, dataclasses.replace(TINY, **fields))
+
+
+def test_the_divisors_of_a_batch_are_found_without_counting_to_it():
+    """Two billion rows: the largest divisors come first, at once; and all of a small number's are found."""
+    config = dataclasses.replace(TINY, device_batch_size=2**31 - 2, total_batch_size=2**31 - 2)
+    nearest = [smaller.device_batch_size for smaller in itertools.islice(smaller_configs(config, 1), 3)]
+    assert nearest == [(2**31 - 2) // divisor for divisor in (2, 3, 6)]
+    for number in (1, 2, 12, 36, 97):
+        assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
 
 
 @pytest.mark.slow
@@ -344,3 +366,18 @@ def test_the_preflight_command_reports_and_ends(tmp_path):
     kept = list((tmp_path / "home" / "compiled").iterdir())
     assert any("train_step" in entry.name for entry in kept)  # a second start reads them from there
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_least_split_that_fits_is_taken_and_said(capsys):
+    """Of three meshes the first does not fit; what a checkpoint has is of all devices together."""
+    works = [toy_work(lambda config, size=size: size * GIB, devices=8)[0] for size in (40, 20, 10)]
+    for work, fsdp in zip(works, (1, 2, 4), strict=True):
+        work.mesh.shape.update(data=8 // fsdp, fsdp=fsdp)
+    config = Toy(total_batch_size=64)
+    assert show(works, config) is works[1]
+    said = capsys.readouterr().out
+    assert said.startswith("mesh: data=4,fsdp=2, the least split that fits\n") and "memory 20 of 31.25 GiB" in said
+    assert show(works[2:], config) is works[2]
+    assert capsys.readouterr().out.startswith("mesh: data=2,fsdp=4\n")
+    with pytest.raises(DoesNotFit, match="40 GiB"):
+        show(works[:1], config)

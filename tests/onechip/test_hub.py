@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from hub import Fault, connected_hub
+from parted import split_checkpoint
 
-from onechip import hub as room
+from onechip import mirror as room
 from onechip import uploads
 from onechip.checkpoints import newest_checkpoint, write_checkpoint
 from onechip.errors import UserError
-from onechip.hub import HubMirror, is_repo_name, open_mirror, repo_name, upload_folder
+from onechip.hub import HubPlace, is_repo_name, repo_name, upload_folder
 from onechip.hubclient import LONGEST_PAUSE, check_token, describe_error, redact, try_again
+from onechip.mirror import Mirror, open_mirror
+from onechip.parts import holds_weights
 from onechip.settings import Run
 from onechip.writer import CheckpointWriter
 
@@ -42,7 +45,7 @@ def some_files(value):
     return {
         "params.safetensors": {"w": np.full(4, value, np.float32)},
         "opt.safetensors": {"mu.w": np.full(4, -value, np.float32)},
-        "metrics.jsonl": b"{}\n",
+        "metrics.jsonl": b'{"step": 1}\n',
         "config.json": b"{}",
         "state.json": b'{"step": %d}' % value,
     }
@@ -61,7 +64,7 @@ def is_one_line(said):
 
 
 def mirror_of(hub, token=TOKEN, **minutes):
-    return HubMirror(token, REPO, **minutes)
+    return Mirror(HubPlace(token, REPO), **minutes)
 
 
 def settle(mirror):
@@ -111,11 +114,27 @@ def test_weights_go_up_often_and_the_whole_state_now_and_then(hub, tmp_path, mon
     assert went_up == [(1, 1), (1, 1), (2, 1), (2, 1), (3, 1), (3, 1), (4, 7), (4, 7), (5, 7)]
     for files, step in zip(commits(hub), (1, 3, 5, 7, 9), strict=True):
         assert safetensors.numpy.load(files["params.safetensors"])["w"][0] == step
-        assert files["metrics.jsonl"] == b"{}\n" and files["config.json"] == b"{}"
+        assert files["metrics.jsonl"] == b'{"step": 1}\n' and files["config.json"] == b"{}"
     mirror.finish()
     assert len(commits(hub)) == 6 and hub.repos["model", REPO].private
     last = {path.removeprefix("checkpoints/step_00000009/"): raw for path, raw in hub.files(REPO).items()}
     assert content(tmp_path / "step_00000009").items() <= last.items()
+
+
+def test_another_number_of_processes_leaves_no_weights_of_the_last_one(hub, tmp_path, monkeypatch):
+    """One process, two, three, one: at the top of the repository are always the files of the newest weights alone."""
+    now = clock_of(monkeypatch)
+    mirror = mirror_of(hub, weights_minutes=1, state_minutes=1e6)
+    for step, count in enumerate((1, 2, 3, 3, 1), 1):
+        path = tmp_path / f"step_{step:08d}"
+        write_checkpoint(path, some_files(step))
+        if count > 1:
+            split_checkpoint(path, count)
+        mirror.offer(path)
+        settle(mirror)
+        now[0] += 100
+        top = {name for name in commits(hub)[-1] if "/" not in name and "safetensors" in name}
+        assert top == {name for name in os.listdir(path) if holds_weights(name)} and len(top) == count
 
 
 @pytest.mark.parametrize(
@@ -185,8 +204,8 @@ def test_a_checkpoint_stays_while_it_is_uploaded_and_is_not_copied(hub, tmp_path
     refuse = lambda *args, **kwargs: pytest.fail("a link or a copy")
     for owner, name in ((os, "link"), (shutil, "copytree"), (shutil, "copyfile")):
         monkeypatch.setattr(owner, name, refuse)
-    began, proceed, real = threading.Event(), threading.Event(), HubMirror._commit
-    monkeypatch.setattr(HubMirror, "_commit", lambda *a: (began.set(), proceed.wait(30), real(*a)))
+    began, proceed, real = threading.Event(), threading.Event(), HubPlace._commit
+    monkeypatch.setattr(HubPlace, "_commit", lambda *a: (began.set(), proceed.wait(30), real(*a)))
     mirror = mirror_of(hub)
     writer = CheckpointWriter(tmp_path, keep=1, after=mirror.offer, held=mirror.held)
     steps = lambda: [path.name[-1] for path in sorted(tmp_path.iterdir())]
@@ -332,7 +351,7 @@ def test_a_hub_that_cannot_be_reached_does_not_cost_a_run(hub, tmp_path, capsys)
         mirror_of(hub).restore(tmp_path / "empty")
     assert is_one_line(raised.value)
     write_checkpoint(tmp_path / "here" / "step_00000002", some_files(2))
-    assert restored(hub, tmp_path / "here") == 2 and "without a look at the Hub" in capsys.readouterr().out
+    assert restored(hub, tmp_path / "here") == 2 and "without a look at" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -474,7 +493,7 @@ def test_a_token_of_the_wrong_form_reaches_no_client(hub, tmp_path, capsys, toke
     assert said.count("HF_TOKEN has a character inside") == 2 == said.count("\n")
     assert "canary" not in said and "ToBeSeen" not in said and hub.requests == []
     with pytest.raises(UserError):
-        HubMirror(token, REPO)
+        HubPlace(token, REPO)
     check_token("hf_oauth.eyJ0-_~+/==")
 
 

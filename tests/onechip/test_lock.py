@@ -193,6 +193,36 @@ def test_an_owner_learns_that_its_run_was_taken(tmp_path, monkeypatch):
     new.__exit__()
 
 
+def test_an_owner_learns_that_its_run_was_had_in_between(tmp_path, monkeypatch):
+    """A stopped process continues after another has taken its run, trained, and ended: that one's files are safe."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "LOOK_AGAIN", 0.3)
+    old = RunLock(tmp_path / "run" / "owner").__enter__()
+    with RunLock(tmp_path / "run" / "owner", take_over=True):
+        pass
+    with pytest.raises(UserError, match="/run/owner: is gone: another process has had this run in between"):
+        old.check()
+    deadline = time.monotonic() + 10
+    while not old.lost and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert old.lost
+    old.__exit__()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_lock_on_a_disk_that_comes_back_is_not_gone(tmp_path, monkeypatch):
+    """Neither while its folder is away, nor while the folder is there and its files are not yet."""
+    monkeypatch.setattr(lock, "LOOK_AGAIN", 0.3)
+    with RunLock(tmp_path / "run" / "owner") as held:
+        (tmp_path / "run").rename(tmp_path / "away")
+        held.check()
+        (tmp_path / "run").mkdir()
+        back = threading.Timer(0.1, lambda: (tmp_path / "away" / "owner").rename(tmp_path / "run" / "owner"))
+        back.start()
+        held.check()
+        back.join()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
 def test_a_lock_that_cannot_be_read_holds_nothing(tmp_path, content):
     """A machine that died while writing it must not lock a run for ever."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,6 +208,38 @@ def test_home_is_where_the_environment_says(monkeypatch):
     assert str(home()) == "/somewhere"
     monkeypatch.setenv("ONECHIP_HOME", "")
     assert home().parts[-2:] == (".cache", "onechip")
+
+
+def test_a_home_that_takes_nothing_is_refused_first(tmp_path):
+    """ONECHIP_HOME that is a file: one line before anything is prepared, in every notebook that prepares."""
+    (tmp_path / "home").touch()
+    command = [sys.executable, "-c", "from onechip.machine import prepare; prepare()"]
+    environment = os.environ | {"ONECHIP_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    remedy = "set ONECHIP_HOME to a folder that can"
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(rf"error: {tmp_path}/home: cannot be written to \(.*\); {remedy}\n", done.stderr)
+
+
+def test_what_killed_processes_left_at_home_is_swept(tmp_path, monkeypatch):
+    """A tokenizer, a shard and a note that were half-written an hour ago go at the next start."""
+    monkeypatch.setenv("ONECHIP_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "keep_compiled", lambda: None)
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: None)
+    for name in ("excepthook", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    left = (
+        "tokenizers/stdlib/.tokenizer.json.abcd1234.part",
+        "stdlib/.shard_00001.parquet.abcd1234.part",
+        "a/.b.a1b2c3d4.part",
+    )
+    for name in left:
+        (tmp_path / name).mkdir(parents=True)
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / "stdlib" / "shard_00000.parquet").touch()
+    prepare()
+    assert [path.name for path in tmp_path.rglob("*") if not path.is_dir()] == ["shard_00000.parquet"]
+    assert not any((tmp_path / name).exists() for name in left)
 
 
 def test_git_commit_marks_changed_files(tmp_path, monkeypatch):

@@ -42,11 +42,11 @@ def test_the_ratio_is_the_median_on_that_device_with_that_attention(folder):
 def test_preflight_applies_the_ratio_and_says_so(folder, monkeypatch, capsys):
     """One more line below the compiler's own estimate, which stays; none where nothing was measured."""
     work, _ = toy_work(lambda config: 1, seconds_of=lambda config: 0.4455)
-    fit.show(work, Toy())
+    fit.show([work], Toy())
     before = capsys.readouterr().out
     assert "measured" not in before and "445.5 ms a step" in before
     monkeypatch.setattr(fit, "ratio_for", lambda *args: ratio_for(*args, folder))
-    fit.show(work, Toy())
+    fit.show([work], Toy())
     after = capsys.readouterr().out
     assert "  measured on TPU v6 lite by chip_check, 3 steps: x 1.12 -> 499 ms a step\n" in after
     assert "compiler's estimate: 445.5 ms a step" in after

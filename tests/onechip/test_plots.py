@@ -47,6 +47,13 @@ def test_the_picture_of_a_text_run_stays_as_it_is(tmp_path, steps, every, pixels
     assert image.shape == (600, 960, 4) and hashlib.sha256(image.tobytes()).hexdigest() == pixels
 
 
+def test_a_task_without_a_learning_rate_has_a_picture(tmp_path):
+    """Its rows have a loss alone."""
+    rows = [{name: row[name] for name in ("step", "loss") if name in row} for row in make_rows(12, 99, both)]
+    plot_losses(rows, tmp_path / "loss.png")
+    assert matplotlib.image.imread(tmp_path / "loss.png").shape == (600, 960, 4)
+
+
 @pytest.mark.parametrize(
     "every, scores, gzip_bpb, title",
     [

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from onechip.errors import UserError
+from onechip.resume import bring_back
 from onechip.runfolder import RunFolder, checkpoint_name, find_checkpoints
 
 
@@ -36,6 +37,24 @@ def test_only_names_of_ours_are_checkpoints(tmp_path):
     assert list(found) == sorted([*steps, 5])
     assert all(path == tmp_path / checkpoint_name(step) for step, path in found.items())
     assert find_checkpoints(tmp_path / "nowhere") == {}
+
+
+FILES, FOLDERS = ("config.json", "metrics.jsonl", "tokenizer.json", "loss.png"), ("profile", "checkpoints", "model")
+
+
+@pytest.mark.parametrize("name", FILES + FOLDERS)
+def test_what_is_in_the_way_of_a_run_is_refused_before_it_trains(tmp_path, name):
+    """A folder in the place of a file, or a file or a broken link in that of a folder: its name and the way out."""
+    bring_back(RunFolder(tmp_path))
+    if name in FILES:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"^run='{tmp_path}/{name}': is (not )?a folder, .*: move it elsewhere$"):
+        bring_back(RunFolder(tmp_path))
+    (tmp_path / name).rmdir() if name in FILES else (tmp_path / name).unlink()
+    (tmp_path / name).mkdir() if name in FOLDERS else (tmp_path / name).write_text("")
+    bring_back(RunFolder(tmp_path))
 
 
 def test_a_runs_settings_are_a_dict_or_one_line(tmp_path):

@@ -23,7 +23,8 @@ from hub import Fault, connected_hub
 from onechip import session, writer
 from onechip.checkpoints import arrays_in, find_damage, write_checkpoint
 from onechip.errors import UserError
-from onechip.hub import HubMirror
+from onechip.hub import HubPlace
+from onechip.mirror import Mirror
 from onechip.session import Session
 from onechip.settings import setting
 from onechip.statefile import HostBuffer
@@ -367,7 +368,7 @@ def test_another_fixed_setting_is_refused_and_nothing_is_touched(tmp_path):
 # When it saves
 
 
-class Mirror:
+class NotingMirror:
     """A mirror that notes the checkpoints it is offered."""
 
     def __init__(self):
@@ -401,7 +402,7 @@ def test_it_saves_by_steps_and_by_minutes_whichever_comes_first(tmp_path, monkey
         ("minutes", {"eval_every": 10, "save_minutes": 2.0}, [7, 10, 17, 20]),
         ("the end", {"eval_every": 0}, [20]),
     ):
-        mirror = Mirror()
+        mirror = NotingMirror()
         drive(tmp_path / name, twenty_seconds, mirror=mirror, **options)
         assert mirror.steps == steps and mirror.finished == 1, name
         assert mirror.restored == [tmp_path / name / "checkpoints"]
@@ -585,13 +586,13 @@ def hub(monkeypatch):
 
 def test_a_new_machine_resumes_from_the_hub(hub, straight, tmp_path, monkeypatch, capsys):
     """An empty folder and the same run: the last whole state was up before the session ended; it comes back."""
-    real = HubMirror._commit
-    monkeypatch.setattr(HubMirror, "_commit", lambda *args: (threading.Event().wait(0.3), real(*args)))
+    real = HubPlace._commit
+    monkeypatch.setattr(HubPlace, "_commit", lambda *args: (threading.Event().wait(0.3), real(*args)))
     stopped = acting_at(13, lambda: signal.raise_signal(signal.SIGTERM))
-    drive(tmp_path / "a", stopped, mirror=HubMirror(TOKEN, REPO))
+    drive(tmp_path / "a", stopped, mirror=Mirror(HubPlace(TOKEN, REPO)))
     up = {path.split("/")[1] for path in hub.files(REPO) if path.startswith("checkpoints/")}
     assert up == {"step_00000013"}
-    drive(tmp_path / "b", mirror=HubMirror(TOKEN, REPO))
+    drive(tmp_path / "b", mirror=Mirror(HubPlace(TOKEN, REPO)))
     assert f"step_00000013 came from {REPO}" in capsys.readouterr().out
     assert_same_end(tmp_path / "b", straight)
     last = {f"checkpoints/step_00000020/{path.name}" for path in newest(tmp_path / "b").iterdir()}
@@ -602,7 +603,7 @@ def test_a_new_machine_resumes_from_the_hub(hub, straight, tmp_path, monkeypatch
 def test_a_hub_that_always_fails_stops_nothing_and_is_reported(hub, tmp_path, capsys):
     """Training reaches its end, every checkpoint is here, and the last line says what is not up, and why."""
     hub.faults = [Fault("POST", "/commit/", status=500, times=10**6)]
-    run = drive(tmp_path, save_every=10, mirror=HubMirror(TOKEN, REPO))
+    run = drive(tmp_path, save_every=10, mirror=Mirror(HubPlace(TOKEN, REPO)))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("upload: ")]
     assert run.step == 20 and newest(tmp_path).name == "step_00000020"
     assert said and all(is_one_line(line) for line in said) and "step_00000020" in said[-1] and "500" in said[-1]

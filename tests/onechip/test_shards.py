@@ -239,13 +239,14 @@ def test_a_disk_without_any_room_still_trains(hub, tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_is_removed(hub, tmp_path):
     """An old part of a download goes before the next download; one that is being written stays."""
-    for name in ("old", "young"):
-        (tmp_path / f".{name}.part").mkdir()
-        (tmp_path / f".{name}.part" / "s3.bin").write_bytes(b"half")
-    for path in (tmp_path / ".old.part", tmp_path / ".old.part" / "s3.bin"):
+    old, young = tmp_path / ".s3.bin.aaaa_old.part", tmp_path / ".s3.bin.aa_young.part"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "s3.bin").write_bytes(b"half")
+    for path in (old / "s3.bin", old):
         os.utime(path, (1, 1))
     assert shards_in(tmp_path)[0]
-    assert not (tmp_path / ".old.part").exists() and (tmp_path / ".young.part").exists()
+    assert not old.exists() and young.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -181,7 +181,8 @@ if mode == "write":
     writer.wait()
     print(status("VmHWM") - before)
 else:
-    state = unpack_state(folder / "checkpoints" / "step_00000001", like, lambda array, like: float(array.flat[0]))[0]
+    first = lambda array, like: float(array[...].flat[0])
+    state = unpack_state(folder / "checkpoints" / "step_00000001", like, first)[0]
     assert state["opt"] == list(range(COUNT))
     print(status("VmHWM") - before)
 """

@@ -254,3 +254,23 @@ def test_a_checks_steps_compile_for_a_v6e(name):
     device = work.mesh.devices.flat[0]
     assert 0 < check_time.program_seconds(compiled, device) < 1
     assert subject.config.n_layer == 12
+
+
+@pytest.mark.slow
+def test_a_slice_gathers_weights_and_hides_most_of_it():
+    """v6e:2x4: an eighth of the state on a chip, gathers taken apart between products, gradients summed in shares."""
+    config = train.Config(n_head=2, aspect_ratio=128, vocab_size=4096, total_batch_size=32)
+    works = {text: train.workload(train.make_mesh(topology_devices("v6e:2x4"), text)) for text in ("data=8", "fsdp=8")}
+    whole, split = (measure(work, config) for work in works.values())
+    assert set(whole.traffic) == {"all-reduce"}
+    hidden, waited = split.traffic["all-gather"]
+    assert hidden > waited and split.traffic["reduce-scatter"][1] > 0
+    counts, microbatches = train.count_params(config), 2
+    layers, table = counts["attention"] + counts["mlp"], counts["embed"]
+    # In each microbatch layers twice, for the gradient once more, and lm_head; the table once a step: in bfloat16.
+    gathered = microbatches * (2 * layers + counts["lm_head"]) + table
+    assert hidden + waited == pytest.approx(2 * 7 / 8 * gathered, rel=0.01)
+    assert split.parts["parameters"] == pytest.approx(whole.parts["parameters"] / 8, rel=0.01)
+    assert split.peak_bytes < whole.peak_bytes and split.whole_bytes == whole.whole_bytes
+    text = describe(config, split, peak_rate(works["fsdp=8"], config))
+    assert re.search(r"\n  sent to other devices a step: all-reduce .* GB, all-gather .* GB, reduce-scatter", text)

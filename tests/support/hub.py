@@ -41,10 +41,11 @@ class Fault:
 
 @dataclasses.dataclass
 class Repo:
-    """A repository: its commits, oldest first, each a dict from path to bytes."""
+    """A repository: its commits, oldest first, each a dict from path to bytes; branches besides main, by name."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
+    branches: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes]) -> str:
         """Adds a commit with exactly `files`; returns its 40-digit name."""
@@ -85,7 +86,7 @@ class Hub:
         self.stopping = threading.Event()
 
     def __enter__(self):
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (self.handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.cdn = f"http://localhost:{self.server.server_address[1]}/cdn"  # another host, as the client sees it
@@ -161,7 +162,7 @@ _ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
-    ("GET", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "info"),
+    ("GET", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>.+))?", "info"),
     ("GET", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.*))?", "tree"),
     ("POST", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "paths_info"),
     ("POST", r"/api/(?P<kind>\w+)s/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
@@ -175,6 +176,7 @@ _ROUTES = [
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    routes = _ROUTES
     hub: Hub
 
     def log_message(self, *_):
@@ -192,6 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self):
         self.route("PUT")
 
+    def do_DELETE(self):
+        self.route("DELETE")
+
     def route(self, method):
         """Finds the handler for a request, lets a fault come first, turns refusals into answers."""
         self.body = self.read_body()
@@ -205,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self.fault and self.fault.status:
                 return self.answer(b"", self.fault.status, self.fault.headers)
-            for wanted, pattern, name in _ROUTES:
+            for wanted, pattern, name in self.routes:
                 match = re.fullmatch(pattern, path)
                 if match and wanted == ("GET" if method == "HEAD" else method):
                     return getattr(self, name)(**match.groupdict())
@@ -267,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def files(self, kind, repo, revision) -> tuple[str, dict[str, bytes]]:
         found = self.find(kind, repo)
-        commit = found.head() if revision in (None, "main") else revision
+        commit = found.head() if revision in (None, "main") else found.branches.get(revision, revision)
         if commit not in found.commits:
             raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit, found.commits[commit]
@@ -381,3 +386,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(400, "", "SHA-256 does not match")
         self.hub.lfs[oid] = self.body
         self.answer(b"")
+
+
+Hub.handler = _Handler

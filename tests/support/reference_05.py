@@ -29,7 +29,7 @@ def nanochat_logits(params, tokens, context, pattern="SSSL", sharpness=1.2):
         if "resid_lambdas" in params:
             x = params["resid_lambdas"][i] * x + params["x0_lambdas"][i] * x0
         full = i == count - 1 or pattern[i % len(pattern)] == "L"
-        keys = context if full else 128 * math.ceil(context / 4 / 128) + 1  # 128s to the left, and itself
+        keys = context + 1 if full else 128 * math.ceil(context / 4 / 128) + 1  # 128s to the left, and itself
         x = x + attention_output(layer, norm_reference(x), tokens, keys, sharpness)
         x = x + np.maximum(norm_reference(x) @ layer["c_fc"], 0) ** 2 @ layer["mlp_proj"]
         if i == count // 2:

@@ -1,0 +1,35 @@
+"""Runs a notebook as a process that sends itself a signal before a step: notebook "STEP:SIGNAL" or "", then flags.
+
+A test that sends it from outside would not know the step.
+"""
+
+import os
+import runpy
+import signal
+import sys
+
+from onechip.session import Session
+
+
+def act_at(step, what):
+    """Has the process send itself a signal, or raise an error, when it is about to train after `step` steps."""
+    real = Session.advance
+
+    def advance(run, train_step):
+        if run.step == step:
+            run.log.flush()  # all hosts have come as far
+            if isinstance(what, str):
+                raise RuntimeError(what)
+            os.kill(os.getpid(), what)
+        real(run, train_step)
+
+    Session.advance = advance
+
+
+if __name__ == "__main__":
+    path, when = sys.argv[1:3]
+    sys.argv = [path, *sys.argv[3:]]
+    if when:
+        step, _, name = when.partition(":")
+        act_at(int(step), getattr(signal, f"SIG{name}", name))
+    runpy.run_path(path, run_name="__main__")
