@@ -16,6 +16,7 @@ from conftest import ROOT, SUPPORT
 from corpus import newest, read_arrays, read_rows, write_documents
 from hub import Hub
 
+from onechip.checkpoints import find_damage
 from onechip.parts import open_arrays
 from onechip.runfolder import RunFolder
 
@@ -178,6 +179,20 @@ def test_an_interrupt_of_one_host_ends_all_with_a_checkpoint(text, tmp_path, alo
     assert 14 <= step < 26 and newest(tmp_path / "run").name == f"step_{step:08d}"
     (resumed,) = finish(start(text, tmp_path))
     assert f"continues after step {step} of 26" in resumed.out
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_the_clock_saves_and_ends_a_run_of_hosts(text, tmp_path, alone):
+    """Saves by --save_minutes are complete, with both halves; host 1's hours end both after the same step."""
+    flags = ("--save_every", "0", "--save_minutes", "0.0005", *SPLIT)
+    said = run_hosts(text, tmp_path, 2, *flags, own={1: {"when": "13:LATE"}})
+    assert [one.rc for one in said] == [0, 0], said
+    (step,) = map(int, re.findall(r"ended for session_hours=0.001 on host 1 after step (\d+);", said[0].out))
+    assert 14 <= step < 26 and newest(tmp_path / "run").name == f"step_{step:08d}"
+    by_clock = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[:-1]
+    assert by_clock and all(find_damage(path) is None for path in by_clock)
+    said = run_hosts(text, tmp_path, 2, *flags)
+    assert [one.rc for one in said] == [0, 0] and f"continues after step {step} of 26" in said[0].out
     assert_same_run(tmp_path / "run", alone)
 
 

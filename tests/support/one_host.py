@@ -1,4 +1,6 @@
-"""Runs a notebook as a process that sends itself a signal before a step: notebook "STEP:SIGNAL" or "", then flags.
+"""Runs a notebook as a process to which something happens before a step: notebook "STEP:WHAT" or "", then flags.
+
+WHAT: a signal, "LATE" for the end of its hours, or the words of an error.
 
 A test that sends it from outside would not know the step.
 """
@@ -8,19 +10,23 @@ import runpy
 import signal
 import sys
 
+from onechip.deadline import Deadline
 from onechip.session import Session
 
 
 def act_at(step, what):
-    """Has the process send itself a signal, or raise an error, when it is about to train after `step` steps."""
+    """Has the process send itself a signal, run out of hours, or raise an error, when it is to train after `step`."""
     real = Session.advance
 
     def advance(run, train_step):
         if run.step == step:
             run.log.flush()  # all hosts have come as far
-            if isinstance(what, str):
+            if what == "LATE":
+                run._deadline = Deadline(1e-3)
+            elif isinstance(what, str):
                 raise RuntimeError(what)
-            os.kill(os.getpid(), what)
+            else:
+                os.kill(os.getpid(), what)
         real(run, train_step)
 
     Session.advance = advance
