@@ -5,6 +5,7 @@ process namespace; it reports how the inner one ended. The inner one raises the 
 program: if one cannot be raised or does not hold, it says so, and the program is not run.
 """
 
+import ast  # noqa: F401  (a traceback needs it, and a program may have left no descriptor to import it with)
 import functools
 import json
 import linecache
