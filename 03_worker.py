@@ -666,8 +666,8 @@ if LOOK:
 # and no other, and a file is renamed over an old one.
 #
 # - A trial belongs to the worker that created its newest lease, and renews the lease's time stamp every ten seconds.
-# - When the time stamp is a minute old, another worker may create the next lease, and the trial resumes from its
-#   checkpoint there.
+# - When the time stamp is a minute old and stays, another worker may create the next lease, and the trial resumes from
+#   its checkpoint there. No two clocks need to agree.
 # - What to try next, and what to stop, is decided by `sweeps`, the code that wandb's servers run.
 
 
@@ -804,16 +804,16 @@ class LocalSweep:
         return self.folder / f"{trial['name']}.lease-{number}"
 
     def _is_free(self, trial):
-        """Whether no worker has this open trial."""
+        """Whether no worker has this open trial; None while that is not known yet."""
         if trial["lease"] == trial["released"]:  # 0 for one that no worker has had
             return True
         return self._is_silent(self._lease(trial, trial["lease"]))
 
     def _is_silent(self, lease):
-        """Whether a lease has not been renewed for that long, by the file system's clock.
+        """Whether a lease has not been renewed for that long; None while that is not known yet.
 
-        A time stamp may lie ahead, by the clock of another machine. Then it is the time for which this worker has seen
-        it unchanged.
+        A time stamp may be days off, by the clock of another machine. One that lies ahead counts by the time for which
+        this worker has seen it unchanged. One that is old is watched for two renewals, as a worker may still give such.
         """
         try:
             now, stamp = time.monotonic(), lease.stat().st_mtime_ns
@@ -821,7 +821,10 @@ class LocalSweep:
             return True
         if self._seen.get(lease, (None, now))[0] != stamp:
             self._seen[lease] = stamp, now
-        return age_of(lease) > self._seconds or now - self._seen[lease][1] > self._seconds
+        unchanged = now - self._seen[lease][1]
+        if unchanged <= self._seconds and age_of(lease) <= self._seconds:
+            return False
+        return True if unchanged > self._seconds / 3 else None
 
     def claim(self):
         """(trial, lease) that is this worker's now: one left behind, or a new one; None if there is nothing to do."""
@@ -830,12 +833,15 @@ class LocalSweep:
             used = [int(path.name[:4]) for path in self.folder.glob("[0-9][0-9][0-9][0-9].*")]
             trials = self.trials()
             open_ones = [trial for trial in trials if trial["state"] in ("running", "interrupted")]
-            free = next(filter(self._is_free, open_ones), None)
+            fates = [(trial, self._is_free(trial)) for trial in open_ones]
+            free = next((trial for trial, is_free in fates if is_free), None)
             if free:
                 lease = self._lease(free, free["lease"] + 1)
                 if create_whole(lease, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n"):
                     self.write(free["name"], "running")
                     return free, lease
+            elif any(is_free is None for _, is_free in fates):  # one left behind comes before a new one
+                return None
             elif len(trials) >= self.sweep["run_cap"] or not self._propose(trials, used):
                 return None
 
@@ -883,7 +889,16 @@ class LocalSweep:
                 request.ask("stopped", f"by Hyperband, {rows[-1][metric_of(self.sweep)]:.3f} after evaluation {share}")
 
     def run_next(self, corpus, interrupt):
-        """Claims and runs one trial; its name and TrialEnd, or None if there is nothing to do."""
+        """Claims and runs one trial; its name and TrialEnd, or None if there is nothing to do.
+
+        UserError, one line, if the folder takes nothing any more.
+        """
+        try:
+            return self._run_next(corpus, interrupt)
+        except OSError as error:
+            raise cannot_write(self.folder, error, "what ran is kept, the same command continues the sweep") from None
+
+    def _run_next(self, corpus, interrupt):
         claimed = self.claim()
         if claimed is None:
             return None

@@ -9,7 +9,7 @@ import time
 import uuid
 from pathlib import Path
 
-from onechip.errors import UserError
+from onechip.errors import UserError, say
 from onechip.files import age_of, cannot_write, create_whole, is_draft, read_json_or_none, write_text
 from onechip.hosts import agree, is_first
 
@@ -37,8 +37,9 @@ class RunLock:
     """A context manager that holds a run's folder; UserError, one line, if a living process has it.
 
     The lock is a file that says who has the run since when. An owner on this machine is dead if its process is gone;
-    on another one, if its file has not been touched for a minute, by the file system's own clock. take_over: take the
-    run from a living owner, whose next `check` fails. `lost`: whether a heartbeat found that this has happened. Of
+    on another one, if its file has not been touched for a minute by the file system's own clock, and stays so while it
+    is watched, as that clock may be the other machine's. take_over: take the run from a living owner, whose next
+    `check` fails. `lost`: whether a heartbeat found that this has happened. Of
     several hosts, host 0 holds the lock; the others look whether they see it, and with it the same folder.
     """
 
@@ -151,7 +152,25 @@ class RunLock:
             if owner["pid"] == os.getpid() and started == owner.get("process"):
                 return owner.get("token") in HELD
             return started is not None and started in ("", owner.get("process"))
-        return age_of(self._path) < SILENCE
+        if age_of(self._path) < SILENCE:
+            return True
+        say(f"lock: {self._describe(owner)} is silent; looking for {1.5 * BEAT:.0f} s whether it has ended")
+        return self._is_touched()
+
+    def _is_touched(self):
+        """Whether the file changes while a sign of life is waited for: of an owner whose clock is behind."""
+        before, end = self._stamp(), time.monotonic() + 1.5 * BEAT
+        while before is not None and time.monotonic() < end:
+            if (now := self._stamp()) != before:
+                return now is not None
+            time.sleep(BEAT / 20)
+        return False
+
+    def _stamp(self):
+        """When the file was touched last, ns by whatever clock; None if it is gone."""
+        with contextlib.suppress(OSError):
+            return self._path.stat().st_mtime_ns
+        return None
 
     def _describe(self, owner):
         return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')},"

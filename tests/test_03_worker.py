@@ -4,6 +4,7 @@ import concurrent.futures
 import csv
 import ctypes
 import dataclasses
+import errno
 import gc
 import importlib
 import json
@@ -344,7 +345,8 @@ def local_sweep(corpus, folder, lease=60.0, **more):
 
 def test_no_trial_is_taken_twice(corpus, tmp_path):
     """Of eight workers that claim at once until nothing is left, each trial goes to one, run_cap in all."""
-    backends = [local_sweep(corpus, tmp_path / "sweep", run_cap=20, method="random") for _ in range(8)]
+    sweep = {"lease": 1e4, "run_cap": 20, "method": "random"}  # nobody renews a lease here
+    backends = [local_sweep(corpus, tmp_path / "sweep", **sweep) for _ in range(8)]
 
     def claim_all(backend):
         return [trial["name"] for trial, lease in iter(backend.claim, None)]
@@ -355,6 +357,13 @@ def test_no_trial_is_taken_twice(corpus, tmp_path):
     assert not list((tmp_path / "sweep").glob(".*")), "nothing temporary is left"
 
 
+def watch(backend, lease, seconds):
+    """As if the backend had watched a lease that long without a change; returns what it claims then."""
+    stamp, _ = backend._seen[lease]
+    backend._seen[lease] = stamp, time.monotonic() - seconds
+    return backend.claim()
+
+
 def test_a_trial_without_a_sign_of_life_is_handed_out_again(corpus, tmp_path):
     """Neither too early nor twice; its first worker learns of it and does not write over the second one's results."""
     backend = local_sweep(corpus, tmp_path / "sweep", lease=30.0, run_cap=1)
@@ -363,7 +372,9 @@ def test_a_trial_without_a_sign_of_life_is_handed_out_again(corpus, tmp_path):
     os.utime(lease, (time.time() - 25, time.time() - 25))
     assert backend.claim() is None
     os.utime(lease, (time.time() - 35, time.time() - 35))
-    again, second = backend.claim()
+    assert backend.claim() is None, "another machine's clock may be behind"
+    assert watch(backend, lease, 9.0) is None
+    again, second = watch(backend, lease, 11.0)
     assert again["name"] == trial["name"] and again["parameters"] == trial["parameters"]
     assert backend.claim() is None
     request = worker.Request()
@@ -382,6 +393,19 @@ def test_a_lease_dated_ahead_ends_too(corpus, tmp_path):
         assert backend.claim() is None
         time.sleep(0.2)
     time.sleep(0.3)
+    assert backend.claim()[0]["name"] == trial["name"]
+
+
+def test_a_lease_dated_behind_is_kept_while_it_is_renewed(corpus, tmp_path):
+    """By another machine's clock, a day behind: a trial whose worker lives is not taken, and is once it is silent."""
+    backend = local_sweep(corpus, tmp_path / "sweep", lease=1.5, run_cap=1)
+    trial, lease = backend.claim()
+    behind = time.time() - 86400
+    for i in range(6):
+        os.utime(lease, (behind + i / 4, behind + i / 4))
+        assert backend.claim() is None
+        time.sleep(0.25)
+    time.sleep(0.5)
     assert backend.claim()[0]["name"] == trial["name"]
 
 
@@ -414,7 +438,8 @@ def test_a_trial_that_is_cut_is_a_row_with_a_reason(mixed, content):
     assert rows["0001"][0] == "finished" and rows["0003"] == ("running", "")
     assert mixed.claim()[0]["name"] == "0006"  # another worker may have 0003 still
     os.utime(mixed.folder / "0003.lease-1", (1, 1))
-    assert mixed.claim()[0]["name"] == "0003"  # its result is cut, so that it has to run again
+    assert mixed.claim() is None
+    assert watch(mixed, mixed.folder / "0003.lease-1", 21.0)[0]["name"] == "0003"  # its result is cut, so that it has to run again
     assert not any(trial["name"] == "0005" for trial in mixed.trials() if trial["state"] == "running")
 
 
@@ -546,6 +571,22 @@ def test_many_failures_in_a_row_end_a_worker(corpus, tmp_path):
         backend.work(corpus)
     assert [trial["state"] for trial in backend.trials()] == ["failed"] * 3
     assert "eval_tokens" in backend.trials()[0]["reason"]
+
+
+@pytest.mark.parametrize("write", ["create_whole", "write_json"])
+def test_a_folder_that_takes_nothing_any_more_ends_a_worker_in_a_line(corpus, tmp_path, monkeypatch, write):
+    """It became read-only while a trial ran, or before one was claimed; what is there stays as it is."""
+    backend = local_sweep(corpus, tmp_path / "sweep", run_cap=2)
+    assert backend.run_next(corpus, None)[0] == "0001"
+
+    def refuse(path, *args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    before = (backend.folder / "0001.result.json").read_bytes()
+    monkeypatch.setattr(worker, write, refuse)
+    with pytest.raises(UserError, match=r"/sweep: cannot be written to \(Read-only file system\); .*continues") as error:
+        backend.work(corpus)
+    assert "\n" not in str(error.value) and (backend.folder / "0001.result.json").read_bytes() == before
 
 
 def start_worker(folder, *words, **more):

@@ -1,6 +1,7 @@
 """onechip/lock.py: one owner of a run at a time, with real processes, kills and a clock that is somebody else's."""
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -80,6 +81,13 @@ def test_a_process_number_given_again_is_another_process(tmp_path):
         pass
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Signs of life twenty times a second."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_owner_on_another_machine_is_dead_after_a_minute_of_silence(tmp_path):
     """By the file's own time stamp: no process of that machine can be looked at, and clocks differ."""
     with RunLock(tmp_path / "owner"):
@@ -93,6 +101,32 @@ def test_an_owner_on_another_machine_is_dead_after_a_minute_of_silence(tmp_path)
         pass
 
 
+@pytest.mark.usefixtures("quick")
+def test_an_owner_whose_clock_is_behind_lives(tmp_path):
+    """Its machine dates the file a day back, as a mounted drive lets it: what counts is that it is touched."""
+    path, ended = tmp_path / "owner", threading.Event()
+    with RunLock(path):
+        left = json.loads(path.read_text())
+    path.write_text(json.dumps(left | {"host": "elsewhere", "token": "theirs"}))
+    behind = time.time() - 86400
+
+    def beat():
+        for i in itertools.count():
+            os.utime(path, (behind + i, behind + i))
+            if ended.wait(0.02):
+                return
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(UserError, match="on elsewhere"):
+        RunLock(path).__enter__()
+    ended.set()
+    thread.join()
+    with RunLock(path):
+        pass
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_lock_that_is_released_meanwhile_is_free(tmp_path, monkeypatch):
     """An owner on another machine that ends while its lock is looked at: no error, and no probe is left."""
     path = tmp_path / "owner"
@@ -106,6 +140,7 @@ def test_a_lock_that_is_released_meanwhile_is_free(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_lock_that_another_start_has_taken_meanwhile_is_theirs(tmp_path, monkeypatch):
     """Of two starts that find a dead owner, the slower one finds a living one when it looks again."""
     path, first = tmp_path / "owner", hold(tmp_path / "other")
