@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -232,17 +233,28 @@ def exhaust_memory(step):
     return failing
 
 
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+FAILURES = 50
+
+
 @pytest.mark.slow
-def test_ten_failures_leave_no_array_and_no_thread(corpus, tmp_path, monkeypatch):
-    """A failed trial leaves nothing on the device, even if its traceback is kept, and the eleventh trial runs."""
+def test_fifty_failures_leave_no_array_no_thread_and_no_memory(corpus, tmp_path, monkeypatch):
+    """A failed trial leaves nothing on the device, even if its traceback is kept, and the trial after them all runs.
+
+    The process grows by what the first ones need; one that kept a trial's arrays or programs would grow with each.
+    """
     kept = []
     monkeypatch.setattr(worker, "first_line", lambda error: kept.append(error) or first_line(error))
     faults = [{}, {"learning_rate": 1e30}, {"eval_tokens": 1 << 40}, {"n_kv_head": 7}]
     words = ["RESOURCE_EXHAUSTED", "is nan|is inf|not finite", "eval_tokens", "n_kv_head"]
     assert worker.run_trial(job_of(corpus, tmp_path / "warm-up"), corpus).state == "finished"
     gc.collect()
-    before, make = count_leftovers(), train.make_train_step
-    for i in range(10):
+    before, make, sizes = count_leftovers(), train.make_train_step, []
+    for i in range(FAILURES):
         fault = faults[i % 4]
         with monkeypatch.context() as patch:
             if not fault:
@@ -253,8 +265,9 @@ def test_ten_failures_leave_no_array_and_no_thread(corpus, tmp_path, monkeypatch
         assert re.search(words[i % 4], outcome.reason), outcome.reason
         assert "\n" not in outcome.reason
         assert count_leftovers() == before
-    assert len(kept) == 10
-    assert worker.run_trial(job_of(corpus, tmp_path / "eleventh"), corpus).state == "finished"
+        sizes.append(resident())
+    assert len(kept) == FAILURES and sizes[-1] - sizes[9] < 100e6, sizes
+    assert worker.run_trial(job_of(corpus, tmp_path / "last"), corpus).state == "finished"
     assert count_leftovers() == before
 
 
@@ -439,7 +452,9 @@ def test_a_trial_that_is_cut_is_a_row_with_a_reason(mixed, content):
     assert mixed.claim()[0]["name"] == "0006"  # another worker may have 0003 still
     os.utime(mixed.folder / "0003.lease-1", (1, 1))
     assert mixed.claim() is None
-    assert watch(mixed, mixed.folder / "0003.lease-1", 21.0)[0]["name"] == "0003"  # its result is cut, so that it has to run again
+    assert (
+        watch(mixed, mixed.folder / "0003.lease-1", 21.0)[0]["name"] == "0003"
+    )  # its result is cut, so that it has to run again
     assert not any(trial["name"] == "0005" for trial in mixed.trials() if trial["state"] == "running")
 
 
@@ -584,7 +599,9 @@ def test_a_folder_that_takes_nothing_any_more_ends_a_worker_in_a_line(corpus, tm
 
     before = (backend.folder / "0001.result.json").read_bytes()
     monkeypatch.setattr(worker, write, refuse)
-    with pytest.raises(UserError, match=r"/sweep: cannot be written to \(Read-only file system\); .*continues") as error:
+    with pytest.raises(
+        UserError, match=r"/sweep: cannot be written to \(Read-only file system\); .*continues"
+    ) as error:
         backend.work(corpus)
     assert "\n" not in str(error.value) and (backend.folder / "0001.result.json").read_bytes() == before
 
