@@ -13,7 +13,7 @@ from pathlib import Path
 
 from onechip.errors import UserError, require
 from onechip.runfolder import PARAMS
-from onechip.statefile import box_of, fetch, read_box, read_header
+from onechip.statefile import FileArray, box_of, fetch, read_header
 from onechip.together import OwnFiles
 
 SHAPES = "shapes"  # in a header: JSON, {name: shape} of the arrays of which the file has parts
@@ -96,25 +96,12 @@ def _own_parts(arrays, index):
 
 
 @dataclasses.dataclass(frozen=True)
-class PartedArray:
-    """An array in several parts, (start, StoredArray) each, which fill it. Indexed as StoredArray is."""
+class PartedArray(FileArray):
+    """An array in several parts, (start, StoredArray) each, which fill it."""
 
     dtype: object
     shape: tuple
     parts: tuple
-
-    @property
-    def nbytes(self):
-        """Its size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(self):
-        """The whole NumPy array."""
-        return self[...]
-
-    def __getitem__(self, index):
-        """The NumPy array of a box; only what lies in it is read."""
-        return read_box(self, index)
 
     def read_into(self, out, box):
         """Reads a box, (start, stop) of each axis, into a NumPy array of its shape."""

@@ -130,14 +130,8 @@ class HostBuffer:
             self._changed.notify_all()
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredArray:
-    """An array in a safetensors file. start: its first byte in the file. Indexed by slices, it reads that box alone."""
-
-    path: Path
-    dtype: object
-    shape: tuple
-    start: int
+class FileArray:
+    """An array in files, with dtype, shape and read_into. Indexed by slices, it reads that box alone."""
 
     @property
     def nbytes(self):
@@ -145,12 +139,27 @@ class StoredArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self):
-        """The NumPy array; UserError if the file cannot be read."""
+        """The NumPy array; UserError if a file cannot be read."""
         return self[...]
 
     def __getitem__(self, index):
         """The NumPy array of a box. index: `...`, or a slice with step 1 for each of the first axes."""
-        return read_box(self, index)
+        import numpy as np
+
+        box = box_of(index, self.shape)
+        out = np.empty([stop - start for start, stop in box], self.dtype)
+        self.read_into(out, box)
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray(FileArray):
+    """An array in a safetensors file. start: its first byte in the file."""
+
+    path: Path
+    dtype: object
+    shape: tuple
+    start: int
 
     def read_into(self, out, box):
         """Reads a box, (start, stop) of each axis, into a NumPy array of its shape; it needs no more than a piece."""
@@ -161,16 +170,6 @@ class StoredArray:
             raise unreadable(self.path, "it ends too early") from None
         except OSError as error:
             raise unreadable(self.path, error) from None
-
-
-def read_box(stored, index):
-    """The NumPy array of a box of a stored array, which has dtype, shape and read_into."""
-    import numpy as np
-
-    box = box_of(index, stored.shape)
-    out = np.empty([stop - start for start, stop in box], stored.dtype)
-    stored.read_into(out, box)
-    return out
 
 
 def box_of(index, shape):
