@@ -266,11 +266,16 @@ def test_a_lock_that_cannot_be_read_holds_nothing(tmp_path, content):
         pass
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_in_one_line(tmp_path):
-    """--out that is a file, or below one, is refused with the reason before anything is trained."""
+@pytest.mark.parametrize("place", ["file/run", "/proc/run", "/proc/1/runs/run", f"runs/{'a' * 300}", "here"])
+def test_a_folder_that_cannot_be_written_to_is_refused_in_one_line(tmp_path, monkeypatch, place):
+    """--out that is a file, or below one or below /proc; a name too long; a working folder that is gone."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written to .*; choose another --out"):
-        RunLock(tmp_path / "file" / "run" / "owner").__enter__()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone" if place == "here" else tmp_path)
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match=rf"^{place}: cannot be written to \(.*\); choose another --out$") as caught:
+        RunLock(Path(place) / ".owner.json").__enter__()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_lock_that_could_not_be_removed_is_no_owner(tmp_path, monkeypatch):

@@ -57,6 +57,20 @@ def test_what_is_in_the_way_of_a_run_is_refused_before_it_trains(tmp_path, name)
     bring_back(RunFolder(tmp_path))
 
 
+def test_what_a_killed_process_left_in_a_run_is_swept_at_the_next_start(tmp_path):
+    """Half-written files next to the curve, in model/ and among the checkpoints; what is complete stays."""
+    left = [".loss.png.a1b2c3d4.part", "model/.README.md.a1b2c3d4.part", "checkpoints/.step_00000005.part"]
+    for place in (*left, "model", "checkpoints/step_00000004"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    for file in ("loss.png", "model/README.md", f"{left[0]}/loss.png", f"{left[1]}/README.md", f"{left[2]}/state.json"):
+        (tmp_path / file).touch()
+    bring_back(RunFolder(tmp_path))
+    assert not [place for place in left if (tmp_path / place).exists()]
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+        *("loss.png", "model", "model/README.md", "checkpoints", "checkpoints/step_00000004")
+    }
+
+
 def test_a_runs_settings_are_a_dict_or_one_line(tmp_path):
     """A folder without config.json, or with one that cannot be read, is named with what is wrong."""
     run = RunFolder(tmp_path)
