@@ -24,7 +24,7 @@ from onechip.checkpoints import newest_checkpoint
 from onechip.files import read_json
 from onechip.runfolder import STATE, STREAM, RunFolder
 
-STEPS, CLOSE = 60, 1e-3  # relative: rounding that sixty steps have made larger
+STEPS, CLOSE = 60, 1e-5  # relative: rounding that sixty steps have made larger
 FLAGS = f"{TINY} --warmup_ratio 0 --warmdown_ratio 0 --sample_every 0 --eval_every 10 --save_every 10"
 
 
