@@ -1,4 +1,4 @@
-"""02 in processes that are stopped and continued, and with a clock that jumps."""
+"""02 in processes that are stopped and continued, on a terminal that knows ASCII only, and with a clock that jumps."""
 
 import importlib
 import os
@@ -30,10 +30,10 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory, compiled_once):
-    """The folder of the run of a process that nobody stops."""
+    """The folder of the run of a process that nobody stops; its terminal cannot show all of its text."""
     out = tmp_path_factory.mktemp("undisturbed")
-    (said,) = finish(start(shards, out))
-    assert said.rc == 0, said.err
+    (said,) = finish(start(shards, out, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}))
+    assert said.rc == 0 and (out / "run" / "model" / "README.md").exists(), said.err
     return out / "run"
 
 
