@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from corpus import write_documents
 from hub import Fault, Hub
 
 from onechip.errors import UserError
@@ -615,6 +616,19 @@ def test_compression_is_bytes_per_token(tokenizer, corpus):
     kinds = tok.held_out_samples(corpus)
     assert set(kinds["code"][1]) <= held_out
     assert all(any(line in text for text in held_out) for line in kinds["English"][1][5].splitlines())
+
+
+def test_texts_that_spell_special_tokens_are_compared_too(tmp_path, tokenizer):
+    """Cut at white space only, a document's <|bos|> becomes one token, by its special name; where it does not, both
+    ways to count agree."""
+    for i in range(2):
+        tok.write_shard(tmp_path / f"shard_{i}.parquet", write_documents(200, i, 30), 7)
+    settings = tok.Settings(vocab_size=300, max_train_chars=10**6)
+    counters = tok.train_baselines(tok.folder_corpus(tmp_path), settings)
+    counts = {name: count(["<|bos|> import\n", "water"]) for name, count in counters.items()}
+    assert counts["white space only, 300"] < counts["GPT-2's pattern, 300"]
+    texts = ["import this\n\n", "naïve 数据 <|bos|>", " " * 40]
+    assert tok.count_slowly(tokenizer, texts) == tok.count_ids(tokenizer, texts)
 
 
 def test_mathematics_is_true(monkeypatch):
