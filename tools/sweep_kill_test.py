@@ -27,7 +27,7 @@ worker = importlib.import_module("03_worker")
 TINY = (
     "--preset laptop --data offline --where local --any_version true --n_head 2 --n_kv_head 1 --head_dim 16 "
     "--aspect_ratio 16 --seq_len 64 --vocab_size 512 --device_batch_size 2 --total_batch_size 8 --eval_tokens 1024 "
-    "--loss_slice 512 --num_iterations 400 --save_minutes 0.01 --evaluations 8 --lease 3"
+    "--loss_slice 512 --num_iterations 2000 --save_minutes 0.01 --evaluations 8 --lease 3"
 )
 
 
@@ -41,18 +41,22 @@ def start_worker(out, flags, number):
 
 
 def kill_workers(out, flags, kills, count, draw):
-    """Kills so many workers at random moments, each replaced by another; waits for the end of the sweep."""
+    """Kills so many workers at random moments, each replaced by another, and waits for the end of the sweep.
+
+    Returns how many it has killed: fewer where the sweep is over before.
+    """
     workers = {i: start_worker(out, flags, i) for i in range(count)}
     began, number = time.monotonic(), count
     while not list(out.glob("s/trial-*/metrics.jsonl")):
         time.sleep(0.05)
     ready = time.monotonic() - began
     for done in range(1, kills + 1):
-        time.sleep(draw.uniform(0, 1.5 * ready))
+        time.sleep(draw.uniform(0, ready))
         victim = draw.choice(sorted(workers))
         workers[victim].kill()
         if workers.pop(victim).wait() == 0:
-            sys.exit(f"the sweep was over after {done - 1} kills: let it have more trials, --run_cap, or longer ones")
+            kills = done - 1
+            break
         running = [path.name for path in sorted(out.glob("s/*.lease-*"))]
         print(f"kill {done}: worker {victim} after {time.monotonic() - began:.0f} s; leases {running}", flush=True)
         workers[number] = start_worker(out, flags, number)
@@ -60,6 +64,7 @@ def kill_workers(out, flags, kills, count, draw):
     for i, process in workers.items():
         if process.wait():
             sys.exit(f"worker {i} failed without a kill:\n{(out / f'worker-{i}.log').read_text()}")
+    return kills
 
 
 def find_sweep_differences(out):
@@ -82,15 +87,15 @@ def find_sweep_differences(out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("--kills", type=int, default=10, help="how many, at the most (default: 10)")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     asked, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="onechip-sweep-") as folder:
-        kill_workers(Path(folder), flags, asked.kills, asked.workers, random.Random(asked.seed))
+        kills = kill_workers(Path(folder), flags, asked.kills, asked.workers, random.Random(asked.seed))
         count, wrong = find_sweep_differences(Path(folder))
     same = "each trial's scores are bit for bit those of its settings left alone"
-    print(f"{asked.kills} kills in {count} trials: {'WRONG: ' + '; '.join(wrong) if wrong else same}")
+    print(f"{kills} kills in {count} trials: {'WRONG: ' + '; '.join(wrong) if wrong else same}")
     sys.exit(bool(wrong))
 
 
