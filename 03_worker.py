@@ -813,7 +813,7 @@ class LocalSweep:
         """Whether a lease has not been renewed for that long; None while that is not known yet.
 
         A time stamp may be days off, by the clock of another machine. One that lies ahead counts by the time for which
-        this worker has seen it unchanged. One that is old is watched for two renewals, as a worker may still give such.
+        this worker has seen it unchanged. One that is old is watched for two renewals first: its worker may be alive.
         """
         try:
             now, stamp = time.monotonic(), lease.stat().st_mtime_ns
