@@ -249,20 +249,20 @@ def test_fifty_failures_leave_no_array_no_thread_and_no_memory(corpus, tmp_path,
     """
     kept = []
     monkeypatch.setattr(worker, "first_line", lambda error: kept.append(error) or first_line(error))
-    faults = [{}, {"learning_rate": 1e30}, {"eval_tokens": 1 << 40}, {"n_kv_head": 7}]
-    words = ["RESOURCE_EXHAUSTED", "is nan|is inf|not finite", "eval_tokens", "n_kv_head"]
+    faults = [{}, {"learning_rate": 1e30}, *({"eval_tokens": 1 << 40}, {"n_kv_head": 7}) * 4]  # two of ten train first
+    words = ["RESOURCE_EXHAUSTED", "is nan|is inf|not finite", *("eval_tokens", "n_kv_head") * 4]
     assert worker.run_trial(job_of(corpus, tmp_path / "warm-up"), corpus).state == "finished"
     gc.collect()
     before, make, sizes = count_leftovers(), train.make_train_step, []
     for i in range(FAILURES):
-        fault = faults[i % 4]
+        fault = faults[i % 10]
         with monkeypatch.context() as patch:
             if not fault:
                 patch.setattr(train, "preflight", lambda config, **parts: None)  # or it would have refused this trial
                 patch.setattr(train, "make_train_step", lambda *args: exhaust_memory(make(*args)))
             outcome = worker.run_trial(job_of(corpus, tmp_path / f"{i}", **fault), corpus)
         assert outcome.state == "failed"
-        assert re.search(words[i % 4], outcome.reason), outcome.reason
+        assert re.search(words[i % 10], outcome.reason), outcome.reason
         assert "\n" not in outcome.reason
         assert count_leftovers() == before
         sizes.append(resident())
