@@ -158,7 +158,7 @@ class WebApp:
         return relay
 
     async def _take(self, relay):
-        """The next events of an answer, as Relay.take; ApiError if it was cancelled, as it is when the server closes."""
+        """The next events of an answer, as Relay.take; ApiError if it was cancelled, as when the server closes."""
         events = await relay.take()
         if isinstance(events[-1], TalkDone) and events[-1].reason == "cancelled":
             raise closing_error()
