@@ -3,9 +3,12 @@
 import asyncio
 import collections
 import contextlib
+import itertools
 import threading
 
 from onechip.talker import TalkDone, TextPiece
+
+MOST_EVENTS = 256  # that are sent at once, to a reader who was slow
 
 
 class NoPlace(Exception):
@@ -94,19 +97,22 @@ class Relay:
             talk.cancel()
 
     async def take(self):
-        """Waits for events and returns all there are, pieces of text in a row as one. Raises what the Talk raised."""
+        """Waits for events and returns those there are, text in a row as one piece. Raises what the Talk raised."""
         while not self._events:
             self._wake.clear()
             await self._wake.wait()
+        if isinstance(self._events[0], Exception):
+            raise self._events.popleft()
         taken = []
-        while self._events:
-            event = self._events.popleft()
-            if isinstance(event, Exception):
-                if taken:
-                    self._events.appendleft(event)  # first what came before it
-                    break
-                raise event
-            if isinstance(event, TextPiece) and taken and isinstance(taken[-1], TextPiece):
-                event = TextPiece(taken.pop().text + event.text)
-            taken.append(event)
-        return taken
+        while self._events and len(taken) < MOST_EVENTS and not isinstance(self._events[0], Exception):
+            taken.append(self._events.popleft())
+        return join_text(taken)
+
+
+def join_text(events):
+    """Events with pieces of text in a row as one."""
+    joined = []
+    for is_text, group in itertools.groupby(events, lambda event: isinstance(event, TextPiece)):
+        run = list(group)
+        joined += [TextPiece("".join(piece.text for piece in run))] if is_text else run
+    return joined

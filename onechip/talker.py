@@ -75,6 +75,37 @@ class PromptTooLong(UserError):
     """A prompt that leaves no room for an answer."""
 
 
+class StopStrings:
+    """Cuts a text that comes in pieces at the first of some strings, be it in one piece or in parts of several.
+
+    The first is the one that ends first, or of several that end there the longest. found: whether it has come; what is
+    added from then on is dropped.
+    """
+
+    def __init__(self, stop):
+        """stop: the strings, none of them empty."""
+        self._stop, self._held, self.found = stop, "", False
+
+    def add(self, text):
+        """The next piece; returns what certainly belongs to the answer by now, and holds back what may be a string."""
+        if self.found:
+            return ""
+        text, self._held = self._held + text, ""
+        starts = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
+        if starts:
+            self.found = True
+            return text[: min(starts)[1]]
+        sizes = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        kept = len(text) - max(sizes, default=0)
+        self._held = text[kept:]
+        return text[:kept]
+
+    def rest(self):
+        """What was held back, when nothing more comes."""
+        held, self._held = self._held, ""
+        return held
+
+
 PART_OF_EVENT = {TextPiece: "text", ToolCall: "python", ToolOutput: "python_output"}
 
 

@@ -4,7 +4,7 @@ import re
 import threading
 import time
 
-from onechip.talker import PromptTooLong, TalkDone, Talker, TextPiece, ToolCall, ToolOutput
+from onechip.talker import PromptTooLong, StopStrings, TalkDone, Talker, TextPiece, ToolCall, ToolOutput
 
 
 class ScriptedTalk:
@@ -24,7 +24,7 @@ class ScriptedTalk:
             self._model.leave(self)
 
     def _answer(self):
-        said, count = "", 0
+        stops, count = StopStrings(self._settings.stop), 0
         most = self._model.context if self._settings.max_tokens is None else self._settings.max_tokens
         for event in self._events:
             if self._cancelled.wait(self._model.pause) if self._model.pause else self._cancelled.is_set():
@@ -32,18 +32,12 @@ class ScriptedTalk:
             if isinstance(event, Exception):
                 raise event
             count += 1
-            if isinstance(event, TextPiece):
-                before, said = said, said + event.text
-                ends = [said.find(stop) for stop in self._settings.stop if stop in said]
-                if ends:
-                    yield TextPiece(said[len(before) : min(ends)])
-                    yield TalkDone("stop", self._prompt_tokens, count)
-                    return
-            yield event
-            if count == most:
-                yield TalkDone("length", self._prompt_tokens, count)
-                return
-        yield TalkDone("cancelled" if self._cancelled.is_set() else "stop", self._prompt_tokens, count)
+            yield TextPiece(stops.add(event.text)) if isinstance(event, TextPiece) else event
+            if stops.found or count == most:
+                break
+        yield TextPiece(stops.rest())
+        reason = "cancelled" if self._cancelled.is_set() else "length" if count == most and not stops.found else "stop"
+        yield TalkDone(reason, self._prompt_tokens, count)
 
 
 class ScriptedModel:
