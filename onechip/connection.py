@@ -3,11 +3,12 @@
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
-def patient_protocol(head_seconds, send_seconds):
-    """uvicorn's protocol with two limits: for the head of a request to be complete, and for what is sent to be taken.
+def patient_protocol(limits):
+    """uvicorn's protocol with the limits of a WebLimits on a connection.
 
-    uvicorn itself waits for both without end. A connection beyond a limit is dropped, and its request is cancelled as
-    if the client had left.
+    These are the times for the head of a request to be complete and for what is sent to be taken, for both of which
+    uvicorn itself waits without end; and how many connections there are. A connection beyond a limit is dropped, and
+    its request is cancelled as if the client had left.
     """
 
     class PatientProtocol(H11Protocol):
@@ -16,6 +17,8 @@ def patient_protocol(head_seconds, send_seconds):
         def connection_made(self, transport):
             super().connection_made(transport)
             transport.set_write_buffer_limits(0)  # pause_writing as soon as the kernel takes no more
+            if len(self.connections) > limits.connections:
+                transport.abort()
             self._await_head()
 
         def data_received(self, data):
@@ -27,7 +30,7 @@ def patient_protocol(head_seconds, send_seconds):
 
         def _await_head(self):
             if self._head_timer is None and not self.transport.is_closing():
-                self._head_timer = self.loop.call_later(head_seconds, self.transport.abort)
+                self._head_timer = self.loop.call_later(limits.head_seconds, self.transport.abort)
 
         def _stop_timer(self, name):
             timer = getattr(self, name)
@@ -37,7 +40,7 @@ def patient_protocol(head_seconds, send_seconds):
 
         def pause_writing(self):
             super().pause_writing()
-            self._send_timer = self.loop.call_later(send_seconds, self.transport.abort)
+            self._send_timer = self.loop.call_later(limits.send_seconds, self.transport.abort)
 
         def resume_writing(self):
             super().resume_writing()

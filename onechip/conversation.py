@@ -20,11 +20,11 @@ HELP = """\
 /quit            leaves, as Ctrl-D does; Ctrl-C stops an answer, and leaves where none is written"""
 # Direction marks: with them a text can be shown in another order than it has.
 REORDERING = {chr(i) for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-PATIENCE = 2.0  # s
+INSIST_SECONDS = 2.0  # s
 POLL_SECONDS = 0.05  # between looks at whether Ctrl-C was pressed
 
 
-def printable(text):
+def without_controls(text):
     """A text with its control characters as visible signs, so that it cannot move the cursor or give commands."""
     return "".join(map(visible_sign, text))
 
@@ -39,7 +39,7 @@ def visible_sign(char):
 class Interrupted:
     """Whether Ctrl-C, or a notebook's stop button, was pressed while this is open.
 
-    It raises nothing meanwhile, but when it is pressed again after PATIENCE seconds: what it should end hangs.
+    It raises nothing meanwhile, but when it is pressed again after INSIST_SECONDS seconds: what it should end hangs.
     """
 
     pressed = False
@@ -51,7 +51,7 @@ class Interrupted:
         return self
 
     def _note(self, number, frame):
-        if self.pressed and time.monotonic() - self._since > PATIENCE:
+        if self.pressed and time.monotonic() - self._since > INSIST_SECONDS:
             raise KeyboardInterrupt
         if not self.pressed:
             self.pressed, self._since = True, time.monotonic()
@@ -110,7 +110,7 @@ class Conversation:
                 self._answer(line)
         except Exception as error:  # of the model: the conversation survives it
             about = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
-            self._write(f"error: {printable(about)}\n")
+            self._write(f"error: {without_controls(about)}\n")
         return True
 
     def _obey(self, command, value=""):
@@ -126,7 +126,7 @@ class Conversation:
         elif command == "/help":
             self._write(f"{HELP}\n")
         else:
-            self._write(f"{printable(command)} is no command; /help lists them\n")
+            self._write(f"{without_controls(command)} is no command; /help lists them\n")
         return True
 
     def _answer(self, question):
@@ -151,11 +151,11 @@ class Conversation:
     def _shown(self, event, ended):
         """An event as text; a tool's in lines of its own. ended: whether what is written so far ends a line."""
         if isinstance(event, TextPiece):
-            return printable(event.text)
+            return without_controls(event.text)
         names = {ToolCall: "python", ToolOutput: "output"}
         if type(event) not in names:
             return ""
-        lines = printable(event[0]).splitlines() or [""]
+        lines = without_controls(event[0]).splitlines() or [""]
         marked = [self._faint(f"{names[type(event)]}> {line}") for line in lines]
         return ("" if ended else "\n") + "".join(f"{line}\n" for line in marked)
 

@@ -77,7 +77,7 @@ class Reply:
         return self._head | {"choices": [choice], "usage": usage_of(done)}
 
 
-def describe_model(talker, created):
+def model_entry(talker, created):
     """A model as /v1/models shows it. created: seconds since 1970; context_window is an addition to the format."""
     about = {"id": talker.name, "object": "model", "created": created, "owned_by": "onechip"}
     return about | {"context_window": talker.context}

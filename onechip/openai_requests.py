@@ -43,7 +43,7 @@ NEUTRAL_CHAT |= {"tool_choice": "none", "function_call": "none", "modalities": [
 NEUTRAL_CHAT |= {"response_format": {"type": "text"}, "reasoning_effort": "none", "verbosity": NOTHING}
 NEUTRAL_CHAT |= {"web_search_options": NOTHING}
 NEUTRAL_TEXT = NEUTRAL | {"logprobs": NOTHING, "echo": False, "best_of": 1, "suffix": ""}
-COMMON = {"model", "stream", "stream_options", "temperature", "top_p", "top_k", "seed", "stop", "max_tokens"}
+KNOWN_FIELDS = {"model", "stream", "stream_options", "temperature", "top_p", "top_k", "seed", "stop", "max_tokens"}
 COMPLETION_TOKENS = 16  # of an answer to /v1/completions that names no number, as at OpenAI
 
 
@@ -66,7 +66,7 @@ def parse_json(raw):
     return body
 
 
-def number(body, field, low, high, default, kinds=(int, float)):
+def number_of(body, field, low, high, default, kinds=(int, float)):
     """A number of the body, between low and high; `default` where it is missing or null."""
     value = body.get(field)
     if value is None:
@@ -78,7 +78,7 @@ def number(body, field, low, high, default, kinds=(int, float)):
     return value
 
 
-def boolean(body, field):
+def flag_of(body, field):
     """A boolean of the body, False where it is missing or null."""
     value = body.get(field)
     if value is not None and not isinstance(value, bool):
@@ -177,18 +177,18 @@ def check_known(body, neutral, known):
             raise bad_value(field, value, f"is not supported by this server{only}", "unsupported_parameter")
 
 
-def read_settings(body, context, default):
+def talk_settings_of(body, context, default):
     """The TalkSettings of a request; context: the most tokens; default: how many where the request names no number."""
-    most = number(body, "max_completion_tokens", 1, context, None, int)
+    most = number_of(body, "max_completion_tokens", 1, context, None, int)
     if most is None:
-        most = number(body, "max_tokens", 1, context, default, int)
-    seed = number(body, "seed", -(2**63), 2**63 - 1, None, int)
-    top_p = number(body, "top_p", 0, 1, 1.0)
+        most = number_of(body, "max_tokens", 1, context, default, int)
+    seed = number_of(body, "seed", -(2**63), 2**63 - 1, None, int)
+    top_p = number_of(body, "top_p", 0, 1, 1.0)
     if top_p == 0:
         raise bad_value("top_p", top_p, "must be above 0")
     return TalkSettings(
-        temperature=float(number(body, "temperature", 0, 2, 1.0)),
-        top_k=number(body, "top_k", 0, 2**31 - 1, 0, int),
+        temperature=float(number_of(body, "temperature", 0, 2, 1.0)),
+        top_k=number_of(body, "top_k", 0, 2**31 - 1, 0, int),
         top_p=float(top_p),
         max_tokens=most,
         seed=None if seed is None else seed % 2**32,
@@ -203,7 +203,7 @@ def wants_usage(body, stream):
         return False
     if not stream or not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
         raise bad_value("stream_options", options, 'must be {"include_usage": true or false}, and stream true')
-    return boolean(options, "include_usage")
+    return flag_of(options, "include_usage")
 
 
 def read_request(body, talker, chat, most_messages):
@@ -212,12 +212,12 @@ def read_request(body, talker, chat, most_messages):
     if model is not None and model != talker.name:
         raise unknown_model(model, talker)
     if chat:
-        check_known(body, NEUTRAL_CHAT, COMMON | {"messages", "max_completion_tokens"})
+        check_known(body, NEUTRAL_CHAT, KNOWN_FIELDS | {"messages", "max_completion_tokens"})
     else:
-        check_known(body, NEUTRAL_TEXT, COMMON | {"prompt"})
-    stream = boolean(body, "stream")
+        check_known(body, NEUTRAL_TEXT, KNOWN_FIELDS | {"prompt"})
+    stream = flag_of(body, "stream")
     usage = wants_usage(body, stream)
-    settings = read_settings(body, talker.context, None if chat else min(COMPLETION_TOKENS, talker.context))
+    settings = talk_settings_of(body, talker.context, None if chat else min(COMPLETION_TOKENS, talker.context))
     prompt = read_messages(body, most_messages) if chat else read_prompt(body)
     return Ask(prompt, settings, stream, usage, chat)
 

@@ -45,9 +45,9 @@ class Served:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(door.host, door.host)
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         config = uvicorn.Config(
-            self._app.asgi, http=patient_protocol(limits.head_seconds, limits.send_seconds), ws="none", lifespan="off",
+            self._app.asgi, http=patient_protocol(limits), ws="none", lifespan="off",
             loop="asyncio", log_config=None, log_level="error", access_log=False, proxy_headers=False,
-            server_header=False, limit_concurrency=limits.connections, timeout_graceful_shutdown=STOP_SECONDS,
+            server_header=False, timeout_graceful_shutdown=STOP_SECONDS,
             h11_max_incomplete_event_size=1 << 14,
         )  # fmt: skip
         self._server, self._loop = uvicorn.Server(config), None

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from onechip.errors import UserError, first_line, say
-from onechip.openai_answers import KEEP_ALIVE, Reply, describe_model, to_sse
+from onechip.openai_answers import KEEP_ALIVE, Reply, model_entry, to_sse
 from onechip.openai_requests import ApiError, parse_json, read_request, unknown_model
 from onechip.relay import NoPlace, Places, Relay
 from onechip.talker import PromptTooLong, TalkDone
@@ -118,19 +118,22 @@ class WebApp:
         return Response(self._page, media_type="text/html", headers={"content-security-policy": self._policy})
 
     async def _list_models(self, request):
-        return JSONResponse({"object": "list", "data": [describe_model(self._talker, self._created)]})
+        return JSONResponse({"object": "list", "data": [model_entry(self._talker, self._created)]})
 
     async def _show_model(self, request):
         name = request.path_params["name"]
         if name != self._talker.name:
             error = unknown_model(name, self._talker)
             return JSONResponse(error.body, error.status)
-        return JSONResponse(describe_model(self._talker, self._created))
+        return JSONResponse(model_entry(self._talker, self._created))
 
     async def read(self, request, chat):
         """The Ask that a request's body holds; ApiError if it holds none."""
-        body = parse_json(await read_body(request, self._limits))
-        return read_request(body, self._talker, chat, self._limits.messages)
+        raw = await read_body(request, self._limits)
+        try:
+            return read_request(parse_json(raw), self._talker, chat, self._limits.messages)
+        except RecursionError:  # where a value is shown that Python could just about read
+            raise ApiError(400, "The body of the request is nested too deeply.", code="invalid_json") from None
 
     async def answer(self, ask, send):
         """Answers an Ask through an ASGI send. Raises what went wrong, be it before or after the first event."""

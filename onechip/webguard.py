@@ -16,6 +16,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from onechip.errors import UserError, require
+from onechip.keeper import is_loopback
 from onechip.openai_requests import ApiError
 
 KEY_NAME = "ONECHIP_API_KEY"
@@ -51,10 +52,10 @@ class Door(NamedTuple):
 class WebLimits(NamedTuple):
     """What one request, or all of them, may take: sizes in bytes, times in seconds.
 
-    waiting: requests in line for a place, others are refused at once; connections: open ones, more are refused.
+    waiting: requests in line for a place, others are refused at once; connections: open ones, more are dropped.
     """
 
-    body_bytes: int = 1 << 20
+    body_bytes: int = 1 << 18
     messages: int = 1000
     waiting: int = 64
     queue_seconds: float = 60.0
@@ -69,15 +70,7 @@ class WebLimits(NamedTuple):
 USUAL_LIMITS = WebLimits()
 
 
-def is_loopback(host):
-    """Whether a name or address is this machine's own, which nobody else can reach."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def read_key(path=None):
+def read_api_key(path=None):
     """The key from a file if `path` is given, else from ONECHIP_API_KEY; None if there is none. It is never printed."""
     if path is None:
         return os.environ.get(KEY_NAME, "").strip() or None

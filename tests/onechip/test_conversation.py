@@ -8,7 +8,7 @@ import time
 import pytest
 from scripted import ScriptedModel, endless, pieces
 
-from onechip.conversation import Conversation, events_of, printable
+from onechip.conversation import Conversation, events_of, without_controls
 from onechip.talker import Talker, TalkSettings, TextPiece, ToolCall, ToolOutput
 
 
@@ -73,14 +73,14 @@ def test_why_an_answer_ended_is_said():
 def test_no_control_character_comes_through():
     """Of all characters, only line breaks and tabs of the control characters are left; nor what reorders."""
     text = "".join(map(chr, range(0x300)))
-    shown = printable(text)
+    shown = without_controls(text)
     assert [char for char in shown if ord(char) < 32 or 127 <= ord(char) < 160] == ["\t", "\n"]
-    assert printable("\x1b]0;title\x07\x9b2J\r\u202egnp.exe") == "\u241b]0;title\u2407<9B>2J\u240d<202E>gnp.exe"
+    assert without_controls("\x1b]0;title\x07\x9b2J\r\u202egnp.exe") == "\u241b]0;title\u2407<9B>2J\u240d<202E>gnp.exe"
     assert (
-        printable("na\u00efve \U0001f469\u200d\U0001f680 \u05d0\u0628")
+        without_controls("na\u00efve \U0001f469\u200d\U0001f680 \u05d0\u0628")
         == "na\u00efve \U0001f469\u200d\U0001f680 \u05d0\u0628"
     )
-    assert printable("\ud800").isprintable()
+    assert without_controls("\ud800").isprintable()
 
 
 def press_after(seconds):
@@ -103,7 +103,7 @@ def test_ctrl_c_stops_an_answer(in_time, interruptible):
 
 def test_what_hangs_can_be_left(in_time, interruptible, monkeypatch):
     """A Talk that does not end when it is cancelled is left by pressing Ctrl-C again; never by the first."""
-    monkeypatch.setattr("onechip.conversation.PATIENCE", 0.2)
+    monkeypatch.setattr("onechip.conversation.INSIST_SECONDS", 0.2)
 
     class Hanging:
         def __iter__(self):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from onechip.errors import UserError
-from onechip.webguard import HEADERS, Door, Guard, check_door, read_key, send_json
+from onechip.webguard import HEADERS, Door, Guard, check_door, read_api_key, send_json
 
 KEY = "a-key-of-25-characters-xy"
 
@@ -131,10 +131,10 @@ def test_a_door_to_others_needs_a_key(monkeypatch, tmp_path):
 def test_where_a_key_comes_from(monkeypatch, tmp_path):
     """From a file that is named, else from the environment; a file that cannot be read is one line."""
     monkeypatch.delenv("ONECHIP_API_KEY", raising=False)
-    assert read_key() is None
+    assert read_api_key() is None
     monkeypatch.setenv("ONECHIP_API_KEY", f" {KEY}\n")
-    assert read_key() == KEY
+    assert read_api_key() == KEY
     (tmp_path / "key").write_text("another-key-in-a-file\n")
-    assert read_key(tmp_path / "key") == "another-key-in-a-file"
+    assert read_api_key(tmp_path / "key") == "another-key-in-a-file"
     with pytest.raises(UserError, match=r"^key_file='.*none': cannot be read \(FileNotFoundError\)"):
-        read_key(tmp_path / "none")
+        read_api_key(tmp_path / "none")
