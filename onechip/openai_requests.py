@@ -206,8 +206,19 @@ def wants_usage(body, stream):
     return flag_of(options, "include_usage")
 
 
-def read_request(body, talker, chat, most_messages):
-    """A request to /v1/chat/completions, or /v1/completions if not `chat`, as an Ask; ApiError if it does not fit."""
+def read_request(raw, talker, chat, most_messages):
+    """A request to /v1/chat/completions, or /v1/completions if not `chat`, as an Ask; ApiError if it does not fit.
+
+    raw: its body, bytes.
+    """
+    try:
+        return read_fields(parse_json(raw), talker, chat, most_messages)
+    except RecursionError:  # a value that Python could just about read, but not show
+        raise ApiError(400, "The body of the request is nested too deeply.", code="invalid_json") from None
+
+
+def read_fields(body, talker, chat, most_messages):
+    """The Ask of a parsed body, a dict."""
     model = body.get("model")
     if model is not None and model != talker.name:
         raise unknown_model(model, talker)

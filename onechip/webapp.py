@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from onechip.errors import UserError, first_line, say
 from onechip.openai_answers import KEEP_ALIVE, Reply, model_entry, to_sse
-from onechip.openai_requests import ApiError, parse_json, read_request, unknown_model
+from onechip.openai_requests import ApiError, read_request, unknown_model
 from onechip.relay import NoPlace, Places, Relay
 from onechip.talker import PromptTooLong, TalkDone
 from onechip.webguard import Guard, send_json
@@ -129,11 +129,7 @@ class WebApp:
 
     async def read(self, request, chat):
         """The Ask that a request's body holds; ApiError if it holds none."""
-        raw = await read_body(request, self._limits)
-        try:
-            return read_request(parse_json(raw), self._talker, chat, self._limits.messages)
-        except RecursionError:  # where a value is shown that Python could just about read
-            raise ApiError(400, "The body of the request is nested too deeply.", code="invalid_json") from None
+        return read_request(await read_body(request, self._limits), self._talker, chat, self._limits.messages)
 
     async def answer(self, ask, send):
         """Answers an Ask through an ASGI send. Raises what went wrong, be it before or after the first event."""

@@ -13,7 +13,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 def read(chat=True, **fields):
     body = ({"messages": HELLO} if chat else {"prompt": "hello"}) | fields
-    return read_request(parse_json(json.dumps(body).encode()), TALKER, chat, 7)
+    return read_request(json.dumps(body).encode(), TALKER, chat, 7)
 
 
 def refused(chat=True, **fields):
@@ -117,6 +117,16 @@ def test_what_is_no_json_object_is_refused(raw):
     with pytest.raises(ApiError) as caught:
         parse_json(raw)
     assert caught.value.status == 400 and caught.value.body["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("field", ["stop", "prompt", "model", "tools", "unknown"])
+def test_deep_nesting_is_refused_at_every_depth(field):
+    """Lists in lists as deep as Python can read, or can read but not show, or cannot read: a refusal, no failure."""
+    for depth in (10, 500, *range(880, 1010), *range(9980, 10010), 100_000):  # around the limits of 3.11 and of 3.13
+        raw = b'{"%s": %s%s}' % (field.encode(), b"[" * depth, b"]" * depth)
+        with pytest.raises(ApiError) as caught:
+            read_request(raw, TALKER, False, 7)
+        assert caught.value.status in (400, 404) and len(str(caught.value)) < 300
 
 
 def test_a_long_value_is_cut():

@@ -191,16 +191,6 @@ def test_requests_that_do_not_fit_are_refused(served, model):
     assert error.keys() == {"message", "type", "param", "code"} and "/v1/nothing" in error["message"]
 
 
-@pytest.mark.parametrize("depth", [50, 900, 940, 960, 970, 980, 990, 2400])
-def test_deep_nesting_is_no_failure_of_the_server(served, depth):
-    """Lists in lists, as many as Python's parser takes or more, are the client's mistake, wherever they are."""
-    deep = b"[" * depth + b"]" * depth
-    for field in (b"stop", b"prompt", b"model", b"tools", b"unknown"):
-        status, answer = post(served, b'{"%s": %s}' % (field, deep), path="/v1/completions")
-        assert status in (400, 404) and len(answer["error"]["message"]) < 400
-    assert post(served, b'{"messages": [{"role": "user", "content": %s}]}' % deep)[0] == 400
-
-
 def chunked(served, pieces):
     """What is answered to a body that is sent in chunks of unannounced number."""
     with socket.create_connection(("127.0.0.1", served.port)) as bare:
