@@ -55,6 +55,8 @@ class Served:
         self.thread.start()
         while self.thread.is_alive() and not self._server.started:
             time.sleep(0.01)
+        if not self._server.started:
+            raise UserError("serve: the server ended while it was being started; the lines above say why")
 
     def _run(self):
         async def run():

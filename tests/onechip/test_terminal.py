@@ -27,24 +27,31 @@ report_in_one_line()
 talk_in_terminal(ScriptedModel(script, pause=0.01, context=10**6).talker(), TalkSettings())
 """
 
+# Of a process that leads a session of its own: its input is the terminal whose keys become signals.
+TAKE_TERMINAL = """
+import fcntl, signal, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
 
 class Terminal:
     """A program in a pseudo-terminal of its own session, whose foreground it is: Ctrl-C reaches it as a signal."""
 
     def __enter__(self):
-        self.pid, self.keys = pty.fork()
-        if self.pid == 0:
-            os.environ |= {"TERM": "xterm", "INPUTRC": os.devnull}
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.execv(sys.executable, [sys.executable, "-c", PROGRAM])
+        self.keys, screen = pty.openpty()
+        command = [sys.executable, "-c", f"{TAKE_TERMINAL}{PROGRAM}"]
+        environment = os.environ | {"TERM": "xterm", "INPUTRC": os.devnull}
+        streams = {"stdin": screen, "stdout": screen, "stderr": screen}
+        self._process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        os.close(screen)
         self.shown = ""
         return self
 
     def __exit__(self, *exception):
         os.close(self.keys)
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        self._process.kill()
+        self._process.wait()
 
     def press(self, keys):
         os.write(self.keys, keys.encode())
@@ -61,7 +68,7 @@ class Terminal:
         with contextlib.suppress(OSError):  # Linux reports the end of a pseudo-terminal so
             while more := os.read(self.keys, 1 << 16):
                 self.shown += more.decode()
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._process.wait()
 
 
 @pytest.fixture
