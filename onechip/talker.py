@@ -59,10 +59,10 @@ class Talker(NamedTuple):
     answers are written at once. start(prompt, settings) -> a Talk, from any thread; prompt is a list of messages as in
     onechip.conversations, or a text to be continued. UserError if it cannot be answered, PromptTooLong if it is long.
 
-    A Talk is iterated over once, by one thread, and gives events: TextPiece, ToolCall, ToolOutput, at last one TalkDone. Next to
-    that it has cancel(), for any thread, at any time and more than once: it returns at once, the answer's place is
-    free soon after, and the events end with TalkDone("cancelled", ...). An answer whose reader is slow is written all
-    the same: events wait for their reader, not the other way around.
+    A Talk is iterated over once, by one thread: TextPiece, ToolCall and ToolOutput as they come, at last one TalkDone.
+    Its cancel() is for any thread, at any time and more than once: it returns at once, the answer's place is free soon
+    after, and the events end with TalkDone("cancelled", ...). An answer whose reader is slow is written all the same:
+    events wait for their reader, not the other way around.
     """
 
     name: str
