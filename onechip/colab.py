@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from onechip.errors import say
 
 # Each group is one call of pip, so that a package that cannot be installed takes no other group with it.
-PACKAGES = (("tiktoken",), ("tensorboard", "xprof", "wandb", "sweeps"))  # first what encoding needs
+# First what encoding needs, then what looks at runs, then what serves a model on a page.
+PACKAGES = (("tiktoken",), ("tensorboard", "xprof", "wandb", "sweeps"), ("starlette", "uvicorn"))
 
 
 def install_missing(names):

@@ -8,6 +8,7 @@ called before jax is told of any host. What hosts compute and agree on does not 
 
 import contextlib
 import importlib
+import ipaddress
 import os
 import selectors
 import socket
@@ -29,8 +30,11 @@ def address_of(coordinator):
 
 
 def is_loopback(host):
-    """Whether an address is this machine's alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    """Whether a name or address is this machine's alone, which nobody else can reach."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Peer:

@@ -34,6 +34,7 @@ import offline  # noqa: E402, F401  (this process too)
 import onechip  # noqa: E402, F401  (before jax)
 
 # isort: split
+from browser import browser  # noqa: E402, F401  (a fixture)
 from compiled import compiled_folder, compiled_once  # noqa: E402, F401  (fixtures for all)
 from corpus import corpus, straight, tokenizer  # noqa: E402, F401
 
