@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+COLDEST = 1e-4  # a temperature below it is taken for it: logits divided by less would not fit float32
 HALVINGS = 32  # of a range of logits, when the lowest one that may be drawn is looked for
 
 
@@ -72,7 +73,7 @@ def gumbel_noise(seeds, positions, count):
 
 def draw(logits, knobs, positions):
     """Tokens (B,) drawn from logits (B, V) / temperature, of those that top_k and top_p leave."""
-    scaled = logits / jnp.where(knobs.temperature > 0, knobs.temperature, 1)[:, None]
+    scaled = logits / jnp.maximum(knobs.temperature, COLDEST)[:, None]
     some = jnp.any((knobs.temperature > 0) & ((knobs.top_k > 0) | (knobs.top_p < 1)))
     scaled = jax.lax.cond(some, lambda: keep_likely(scaled, knobs.top_k, knobs.top_p), lambda: scaled)
     return first_largest(scaled + gumbel_noise(knobs.seed, positions, logits.shape[-1]))

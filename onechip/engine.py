@@ -30,12 +30,18 @@ SHORTEST_SPAN = 256  # slots of a ring that a dispatch looks at, at least: doubl
 PROMPT_TOKENS = 4096  # of prompts that a device reads together
 
 
-def size_from(first, last, needed):
-    """The smallest of first, 2 * first, 4 * first, ... and `last` that is at least `needed`."""
-    size = first
-    while size < needed:
-        size *= 2
-    return min(size, last)
+def sizes_between(first, last):
+    """[first, 2 * first, 4 * first, ..., last], none above `last`."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return [*sizes, last]
+
+
+def size_for(sizes, needed):
+    """The first of these sizes that is at least `needed`."""
+    return next(size for size in sizes if size >= needed)
 
 
 def blank_turn(rows, width=0):
@@ -75,10 +81,27 @@ class Engine:
             models.append((draft.config, draft.params, draft.model, draft.parts))
         self.config, self.rows, self.at_once, self.draft = config, rows, at_once, draft
         self.share = rows // mesh.size  # rows of a device
+        shortest = 128 if config.attn_impl in ("splash", "pallas") else SHORTEST_PROMPT  # a kernel's tiles are 128 wide
+        self.prompt_sizes, self.spans = (sizes_between(n, self.length) for n in (shortest, SHORTEST_SPAN))
         self.programs = Programs(models, rows, self.length, mesh, int8)
         self.changed = threading.Condition()
         self._waiting, self._answers, self._turn = deque(), [None] * rows, blank_turn(rows)
         self.proposed = self.accepted = 0  # tokens of drafts, and how many of them were taken
+
+    def warm_up(self):
+        """Compiles all programs that requests can need, while there are none: no answer waits for one later."""
+        devices, nothing = self.rows // self.share, [[]] * self.rows
+        for size in self.prompt_sizes:
+            for count in {1, self._at_once(size)}:
+                self._read_together(size, [[]] * devices, count)
+        for span in self.spans:
+            if isinstance(self.draft, ModelDraft):
+                self.programs.write_drafted(self._with_forced(nothing, self.draft.count + 1), span)
+                continue
+            self.programs.write(self._with_forced(nothing, self.at_once), span)
+            if self.draft:
+                turn = self._with_forced(nothing, self.draft.count + 1)
+                self.programs.check(turn, span, propose_copies([None] * self.rows, nothing, self.draft))
 
     def load(self, params):
         """Takes other parameters of the same model; answers that are being written continue with them."""
@@ -98,6 +121,8 @@ class Engine:
 
     def generate_all(self, requests):
         """The Answers to Requests, written to their ends in this thread."""
+        for request in requests:
+            check_request(request, self.config.vocab_size, self.length)  # all of them, before the first gets a row
         answers = [self.submit(request) for request in requests]
         while any(answer.reason is None for answer in answers):
             with self.changed:
@@ -134,7 +159,7 @@ class Engine:
         """Ends all answers, as cancelled or with an error."""
         with self.changed:
             for answer in [*self._waiting, *filter(None, self._answers)]:
-                answer.error, answer.ending = error, "error" if error else "cancelled"
+                answer.error, answer.ending = error, "error" if error else answer.ending or "cancelled"
         self._end()
 
     def _end(self):
@@ -159,18 +184,17 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------------------
     # Prompts
 
-    def _prompt_size(self, answer):
-        """What a prompt is padded to: a kernel's tiles are 128 wide."""
-        shortest = 128 if self.config.attn_impl in ("splash", "pallas") else SHORTEST_PROMPT
-        return size_from(shortest, self.length, len(answer.request.tokens))
+    def _at_once(self, size):
+        """How many prompts of one size a device reads together, where there are as many."""
+        return max(1, min(self.share, PROMPT_TOKENS // size))
 
     def _read(self, arrivals):
         """Reads the prompts of [(row, answer)], those of one size together, and gives each its first token."""
-        sizes = [self._prompt_size(answer) for _, answer in arrivals]
+        sizes = [size_for(self.prompt_sizes, len(answer.request.tokens)) for _, answer in arrivals]
         for size in sorted(set(sizes)):
             group = [pair for pair, own in zip(arrivals, sizes, strict=True) if own == size]
             queues = [[pair for pair in group if pair[0] // self.share == i] for i in range(self.rows // self.share)]
-            many = max(1, min(self.share, PROMPT_TOKENS // size))
+            many = self._at_once(size)
             while any(queues):
                 count = many if max(map(len, queues)) > many // 2 else 1  # two programs a size, at most half of it idle
                 self._read_together(size, [queue[:count] for queue in queues], count)
@@ -214,7 +238,7 @@ class Engine:
         """One dispatch for all rows."""
         rows = [answer if on else None for answer, on in zip(self._answers, active, strict=True)]
         forced = [list(answer.forced) if answer else [] for answer in rows]
-        span = size_from(min(SHORTEST_SPAN, self.length), self.length, self._turn.start[active].max())
+        span = size_for(self.spans, self._turn.start[active].max())
         drafts = self._propose(rows, forced) if isinstance(self.draft, CopyDraft) else None
         if isinstance(self.draft, ModelDraft):
             turn = self._with_forced(forced, self.draft.count + 1)

@@ -80,6 +80,21 @@ def test_a_row_is_taken_again_without_a_new_program():
     assert engine.programs.compiled == count and compilations.count == 0
 
 
+@pytest.mark.slow
+def test_a_warm_engine_compiles_nothing_more(monkeypatch):
+    """Texts that grow through spans of 16, 32, 64 and 72 slots, of prompts of all sizes: written as ever."""
+    monkeypatch.setattr("onechip.engine.SHORTEST_SPAN", 16)
+    engine = make_engine(rows=1, at_once=5)
+    engine.warm_up()
+    assert engine.spans == [16, 32, 64, 72] and engine.prompt_sizes == [32, 64, 72]
+    prompts = [random_prompt(GPT, n) for n in (3, 40, 70)]
+    want = [written("gpt", prompt, n) for prompt, n in zip(prompts, (40, 32, 2), strict=True)]
+    with Compilations() as compilations:
+        requests = [ask(prompt, n) for prompt, n in zip(prompts, (40, 32, 2), strict=True)]
+        assert [answer.tokens for answer in engine.generate_all(requests)] == want
+    assert compilations.count == 0
+
+
 def test_other_parameters_are_taken_without_a_new_program():
     """`load` is what a policy in training needs: the next tokens are the new parameters', programs stay."""
     engine, other = make_engine(rows=2, at_once=4), random_params(GPT, 5)
