@@ -28,8 +28,8 @@ class ToolRunner:
         return (self._tokens.python_end,)
 
     def hook(self, answer, new):
-        """A Request's hook: acts where the answer's newest token is a python_end of the model's own."""
-        if new[-1] != self._tokens.python_end or not answer.mask[-1]:
+        """A Request's hook: acts where the answer's newest token is a python_end."""
+        if new[-1] != self._tokens.python_end:
             return
         ids = program_of(answer.tokens, self._tokens)
         if ids is None:
