@@ -30,7 +30,7 @@ train = importlib.import_module("02_train")
 import jax
 import numpy as np
 
-from onechip.answer import Request
+from onechip.answer import TextRequest
 from onechip.engine import Engine
 from onechip.machine import keep_freed_memory
 from onechip.quantize import quantize_weights
@@ -79,14 +79,14 @@ def measure_speed(config, params):
     for rows in (1, 8, 64):
         prompts = rng.integers(0, config.vocab_size, (rows, 16), dtype=np.int32)
         engine, sampler = engine_of(config, params, rows=rows, length=16 + NEW), train.make_sampler(config, NEW)
-        requests = [Request(tokens=prompt.tolist(), max_new_tokens=NEW) for prompt in prompts]
+        requests = [TextRequest(tokens=prompt.tolist(), max_new_tokens=NEW) for prompt in prompts]
         actions = {
             "engine": functools.partial(engine.generate_all, requests),
             "sampler of 02": lambda: jax.block_until_ready(sampler(params, prompts, 16, jax.random.key(0))),  # noqa: B023
         }
         found[f"tokens a second, batch {rows}"] = in_turn(actions, rows * NEW)
     length = config.seq_len // 2
-    prompt = Request(tokens=rng.integers(0, config.vocab_size, length).tolist(), max_new_tokens=1)
+    prompt = TextRequest(tokens=rng.integers(0, config.vocab_size, length).tolist(), max_new_tokens=1)
     one, eight = engine_of(config, params, rows=1), engine_of(config, params, rows=8)
     one.generate_all([prompt])
     first = [1e3 * seconds(lambda: one.generate_all([prompt])) for _ in range(ROUNDS)]
@@ -118,7 +118,7 @@ def teach_round(config, params, steps=30):
 def measure_speculation(config, params):
     """One text at a time, greedy."""
     params, tokens, loss = teach_round(config, params)
-    request = Request(tokens=tokens * 4, max_new_tokens=NEW)
+    request = TextRequest(tokens=tokens * 4, max_new_tokens=NEW)
     drafts = {"plain": None, "copying": CopyDraft()}
     engines = {name: engine_of(config, params, rows=1, length=256, draft=draft) for name, draft in drafts.items()}
     rates = in_turn({name: functools.partial(e.generate_all, [request]) for name, e in engines.items()}, NEW)
@@ -134,7 +134,7 @@ def measure_speculation(config, params):
 
 def measure_int8(config, params):
     """The same engine with matrices in float32 and in 8 bits, and what a step reads of either, and of bfloat16."""
-    request = Request(tokens=list(range(16)), max_new_tokens=NEW)
+    request = TextRequest(tokens=list(range(16)), max_new_tokens=NEW)
     engines = {
         name: engine_of(config, params, rows=1, length=16 + NEW, int8=name == "int8") for name in ("float32", "int8")
     }

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back: a Request and its Answer."""
+"""What is asked of the engine, and what comes back: a TextRequest and its Answer."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ MOST_STOPS = 8  # tokens of a request that its row rests after: an array's width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class TextRequest:
     """A text to be continued.
 
     tokens: its ids; max_new_tokens: forced ones included; temperature: 0 for the likeliest token; top_k: 0 for all;
@@ -36,7 +36,7 @@ class Request:
 
 
 def check_request(request, vocab_size, length):
-    """UserError unless a vocabulary and an engine for texts of `length` tokens can serve a Request."""
+    """UserError unless a vocabulary and an engine for texts of `length` tokens can serve a TextRequest."""
     r, room = request, length - len(request.tokens)
     require(len(r.tokens) > 0, "tokens", r.tokens, "give at least one token, such as <|bos|>")
     require(room > 0, "tokens", len(r.tokens), f"a text has at most {length} tokens, the new ones included")
@@ -52,7 +52,7 @@ def check_request(request, vocab_size, length):
 
 
 class Answer:
-    """How far a Request has come. Its methods may be called from any thread.
+    """How far a TextRequest has come. Its methods may be called from any thread.
 
     tokens: the new ids; log_probabilities: of each, at temperature 1 and among all tokens; mask: 1 where the model
     chose, 0 where the token was forced: three lists of one length. reason: None while it is being written, then

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from onechip.answers import Parts, rotate_each
 from onechip.doors import Model
-from onechip.draws import Knobs, choose, log_probability
+from onechip.draws import Knobs, choose_tokens, log_probability
 from onechip.layers import rope_and_norm, soft_cap
 from onechip.quantize import widen_weights
 from onechip.ring import (
@@ -106,7 +106,7 @@ class Decoder:
         hidden, columns = self.run(params, tokens, None, attend)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         logits = self.logits(params, last)
-        first = choose(logits, knobs, lengths)
+        first = choose_tokens(logits, knobs, lengths)
         return fill_rings(rings, columns, row, lengths), (first, log_probability(logits, first))
 
     def over_rings(self, rings, columns, start, first, new):
@@ -137,7 +137,7 @@ class Decoder:
             attend = self.over_rings(rings, columns, turn.start, t, 1)
             hidden, columns = self.run(params, token[:, None], before[:, None], attend)
             logits = self.logits(params, hidden[:, 0])
-            chosen = choose(logits, turn.knobs, turn.start + t + 1)
+            chosen = choose_tokens(logits, turn.knobs, turn.start + t + 1)
             forced = t < turn.forced_count
             chosen = jnp.where(forced, turn.forced[:, t], chosen)
             put = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, None], t, axis=1)
@@ -168,7 +168,7 @@ class Decoder:
         hidden, columns = self.run(params, tokens, turn.before[:, None], attend)
         logits = self.logits(params, hidden.reshape(B * D, -1))
         knobs = jax.tree.map(lambda a: jnp.repeat(a, D), turn.knobs)
-        chosen = choose(logits, knobs, (turn.start[:, None] + column + 1).reshape(-1)).reshape(B, D)
+        chosen = choose_tokens(logits, knobs, (turn.start[:, None] + column + 1).reshape(-1)).reshape(B, D)
         forced = column < turn.forced_count[:, None]
         chosen = jnp.where(forced, turn.forced, chosen)
         nats = log_probability(logits, chosen.reshape(-1)).reshape(B, D)

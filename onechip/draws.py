@@ -71,7 +71,7 @@ def gumbel_noise(seeds, positions, count):
     return jax.vmap(of_row)(seeds, positions)
 
 
-def draw(logits, knobs, positions):
+def draw_tokens(logits, knobs, positions):
     """Tokens (B,) drawn from logits (B, V) / temperature, of those that top_k and top_p leave."""
     scaled = logits / jnp.maximum(knobs.temperature, COLDEST)[:, None]
     some = jnp.any((knobs.temperature > 0) & ((knobs.top_k > 0) | (knobs.top_p < 1)))
@@ -79,11 +79,11 @@ def draw(logits, knobs, positions):
     return first_largest(scaled + gumbel_noise(knobs.seed, positions, logits.shape[-1]))
 
 
-def choose(logits, knobs, positions):
+def choose_tokens(logits, knobs, positions):
     """Tokens (B,) int32 at `positions` (B,) of their texts, from logits (B, V) float32."""
     likeliest = first_largest(logits)
     warm = knobs.temperature > 0
-    drawn = jax.lax.cond(jnp.any(warm), lambda: draw(logits, knobs, positions), lambda: likeliest)
+    drawn = jax.lax.cond(jnp.any(warm), lambda: draw_tokens(logits, knobs, positions), lambda: likeliest)
     return jnp.where(warm, drawn, likeliest)
 
 

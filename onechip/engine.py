@@ -1,10 +1,10 @@
 """The engine: many texts continued at once, by few programs, on one device or several.
 
     engine = Engine(config, params, model, parts, rows=8)
-    answer = engine.submit(Request(tokens=ids, max_new_tokens=100, temperature=0.8, seed=1, stop=(end,)))
+    answer = engine.submit(TextRequest(tokens=ids, max_new_tokens=100, temperature=0.8, seed=1, stop=(end,)))
     while engine.step():  # one dispatch: some tokens for every row
         print(answer.tokens)
-    answers = engine.generate_all([Request(...), Request(...)])  # the same, to their ends
+    answers = engine.generate_all([TextRequest(...), TextRequest(...)])  # the same, to their ends
     engine.load(params)  # other parameters of the same model, without a new program
 
 A row takes the next request as soon as its answer has ended. `submit` and what an Answer has may be called from any
@@ -54,7 +54,7 @@ def blank_turn(rows, width=0):
 
 
 def set_request(turn, row, request):
-    """Puts a Request's knobs and stops into a Turn's row."""
+    """Puts a TextRequest's knobs and stops into a Turn's row."""
     for array, value in zip(turn.knobs, (request.temperature, request.top_k, request.top_p, request.seed), strict=True):
         array[row] = value
     stops = [*request.stop, *request.pause]
@@ -108,10 +108,10 @@ class Engine:
         self.programs.load(params)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Requests
+    # TextRequests
 
     def submit(self, request):
-        """The Answer to a Request, which `step` writes; UserError if this engine cannot."""
+        """The Answer to a TextRequest, which `step` writes; UserError if this engine cannot."""
         check_request(request, self.config.vocab_size, self.length)
         answer = Answer(request, self.changed)
         with self.changed:
@@ -120,7 +120,7 @@ class Engine:
         return answer
 
     def generate_all(self, requests):
-        """The Answers to Requests, written to their ends in this thread."""
+        """The Answers to TextRequests, written to their ends in this thread."""
         for request in requests:
             check_request(request, self.config.vocab_size, self.length)  # all of them, before the first gets a row
         answers = [self.submit(request) for request in requests]

@@ -11,8 +11,8 @@ class EngineThread:
     """Owns an Engine: nothing else may call its `step` until `close`.
 
     with EngineThread(engine) as writer:
-        answer = writer.submit(Request(...))  # answer.cancel() ends it
-        for tokens in writer.stream(Request(...)):  # lists of ids, until the answer has ended
+        answer = writer.submit(TextRequest(...))  # answer.cancel() ends it
+        for tokens in writer.stream(TextRequest(...)):  # lists of ids, until the answer has ended
             ...
 
     If a dispatch fails, all answers end with the reason "error", and no request is taken any more.
@@ -30,7 +30,7 @@ class EngineThread:
         self.close()
 
     def submit(self, request):
-        """The Answer to a Request. UserError for one that cannot be served, and where the engine has stopped."""
+        """The Answer to a TextRequest. UserError for one that cannot be served, and where the engine has stopped."""
         with self._engine.changed:  # so that no request gets in after the last one has been ended
             if self._closing:
                 raise UserError(f"the engine has stopped: {self._error or 'it was closed'}")

@@ -1,7 +1,7 @@
 """A chat model's tool: what it writes between python_start and python_end is run, and its output is forced back.
 
     run = ToolRunner(tokens, tokenizer.decode, calculate)
-    Request(..., stop=(tokens.assistant_end,), pause=run.pause, hook=run.hook)
+    TextRequest(..., stop=(tokens.assistant_end,), pause=run.pause, hook=run.hook)
 
 A runner serves all answers of an engine.
 """
@@ -28,10 +28,10 @@ class ToolRunner:
         return (self._tokens.python_end,)
 
     def hook(self, answer, new):
-        """A Request's hook: acts where the answer's newest token is a python_end."""
+        """A TextRequest's hook: acts where the answer's newest token is a python_end."""
         if new[-1] != self._tokens.python_end:
             return
-        ids = program_of(answer.tokens, self._tokens)
+        ids = program_written(answer.tokens, self._tokens)
         if ids is None:
             return
         if self._pool is None:
@@ -52,7 +52,7 @@ class ToolRunner:
         return [self._tokens.output_start, *output, self._tokens.output_end]
 
 
-def program_of(written, tokens):
+def program_written(written, tokens):
     """The ids between the last python_start and the python_end that ends an answer; None if nothing was opened."""
     before = written[:-1]
     for at in range(len(before) - 1, -1, -1):

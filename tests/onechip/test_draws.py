@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from configs import quick_compiler  # noqa: F401  (a fixture for every test)
 
-from onechip.draws import Knobs, choose, keep_likely, log_probability
+from onechip.draws import Knobs, choose_tokens, keep_likely, log_probability
 
 train = importlib.import_module("02_train")
-choose_jit = jax.jit(choose)
+choose_jit = jax.jit(choose_tokens)
 
 
 def knobs(rows, temperature=1.0, top_k=0, top_p=1.0, seeds=None):

@@ -63,7 +63,7 @@ def test_a_ring_keeps_only_its_window():
 
 
 def test_a_row_is_taken_again_without_a_new_program():
-    """Requests of other lengths, knobs, stops and forced tokens run what the first ones compiled."""
+    """TextRequests of other lengths, knobs, stops and forced tokens run what the first ones compiled."""
     engine = make_engine(rows=2, at_once=4)
     engine.generate_all([ask([3, 4, 5], 9), ask(random_prompt(GPT, 30), 9), ask([1], 9)])
     count = engine.programs.compiled

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from configs import quick_compiler, replace  # noqa: F401  (a fixture for every test)
 
-from onechip.answer import Request
+from onechip.answer import TextRequest
 from onechip.calculator import calculate
 from onechip.conversations import ChatTokens
 from onechip.engine import Engine
@@ -80,7 +80,7 @@ def script_of(*parts):
 
 def ask(runner, count=60, **fields):
     more = {"stop": (TOKENS.assistant_end,), "pause": runner.pause, "hook": runner.hook}
-    return Request(tokens=[TOKENS.bos], max_new_tokens=count, **more | fields)
+    return TextRequest(tokens=[TOKENS.bos], max_new_tokens=count, **more | fields)
 
 
 def test_a_programs_output_is_forced_back(engine):
@@ -133,7 +133,7 @@ def test_a_slow_tool_holds_its_own_row_alone(engine):
         return "9"
 
     script = script_of(TOKENS.python_start, "4+5", TOKENS.python_end, (3,), "ok", TOKENS.assistant_end)
-    plain = Request(tokens=[TOKENS.bos], max_new_tokens=8)
+    plain = TextRequest(tokens=[TOKENS.bos], max_new_tokens=8)
     with ThreadPoolExecutor(1) as pool:
         engine.load(script_params(script))
         held, other = engine.submit(ask(ToolRunner(TOKENS, decode, slow, pool))), engine.submit(plain)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from configs import draw_params, random_params, replace
 
-from onechip.answer import Request
+from onechip.answer import TextRequest
 from onechip.engine import Engine
 
 train = importlib.import_module("02_train")
@@ -54,8 +54,8 @@ def make_engine(name="gpt", params=None, config=None, **settings):
 
 
 def ask(tokens, max_new_tokens=NEW, **fields):
-    """A Request for token ids, a list or an array."""
-    return Request(tokens=[int(i) for i in tokens], max_new_tokens=max_new_tokens, **fields)
+    """A TextRequest for token ids, a list or an array."""
+    return TextRequest(tokens=[int(i) for i in tokens], max_new_tokens=max_new_tokens, **fields)
 
 
 def random_prompt(config, length, seed=0):
