@@ -108,8 +108,10 @@ class Engine:
     def runnable(self):
         """Whether `step` has something to do: it has not where each row waits for its tool."""
         here = [answer for answer in self._answers if answer]
-        return any(a.ending or not a.held for a in here) or bool(self._waiting) and (
-            len(here) < self.rows or any(a.ending for a in self._waiting)
+        return (
+            any(a.ending or not a.held for a in here)
+            or bool(self._waiting)
+            and (len(here) < self.rows or any(a.ending for a in self._waiting))
         )
 
     @property
@@ -128,11 +130,11 @@ class Engine:
             self._end()
         return bool(self._waiting) or any(self._answers)
 
-    def fail(self, error):
-        """Ends all answers with an error."""
+    def end_all(self, error=None):
+        """Ends all answers, as cancelled or with an error."""
         with self.changed:
             for answer in [*self._waiting, *filter(None, self._answers)]:
-                answer.error, answer.ending = error, "error"
+                answer.error, answer.ending = error, "error" if error else "cancelled"
         self._end()
 
     def _end(self):

@@ -57,7 +57,7 @@ class Programs:
         return jax.device_get(results)
 
     def read(self, tokens, lengths, row, knobs):
-        """(first tokens (R,), log-probabilities) of prompts (R, P); as many, in a row, for each device. row: of its own."""
+        """(first tokens (R,), log-probabilities) of prompts (R, P), an equal part for each device; row: on its own."""
 
         def read(params, rings, *arrays):
             done = [d.read_prompts(p, r, *arrays) for d, p, r in zip(self._decoders, params, rings, strict=True)]
