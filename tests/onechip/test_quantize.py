@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from configs import full_compiler, quick_compiler, random_params  # noqa: F401  (fixtures)
 from writers import GPT, ask, make_engine, params_of, random_prompt, written
 
@@ -54,6 +55,7 @@ def test_matrices_take_half_of_what_they_take_in_bfloat16():
     assert isinstance(small["lm_head"], Quantized) and not isinstance(small["wte"], Quantized)
 
 
+@pytest.mark.slow
 def test_an_engine_of_8_bits_writes_what_the_rounded_model_writes():
     """Token for token with 02's generate on the rounded weights, by the programs of any other engine."""
     prompt, wide = random_prompt(GPT, 7), widened_gpt(params_of("gpt"))
