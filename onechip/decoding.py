@@ -23,6 +23,7 @@ from onechip.layers import rope_and_norm, soft_cap
 from onechip.quantize import widen_weights
 from onechip.ring import (
     add_columns,
+    as_columns,
     attend_over,
     cut_rings,
     empty_columns,
@@ -100,7 +101,7 @@ class Decoder:
         def attend(i, q, k, v, more=None):
             v = with_more(v, more)
             out = whole(q, k, v, rope, config.windows[i], config.score_scale)
-            return out, (rope_and_norm(k, *rope).swapaxes(1, 2), v.swapaxes(1, 2))
+            return out, as_columns(rope_and_norm(k, *rope), v)
 
         hidden, columns = self.run(params, tokens, None, attend)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -117,7 +118,7 @@ class Decoder:
         masks = {s: window_masks(start, first, new, s[0], s[1], D, s[2]) for s in sorted(shapes)}
 
         def attend(i, q, k, v, more=None):
-            own = add_columns(columns[i], (rotate_each(k, *rope), with_more(v, more)), first)
+            own = add_columns(columns[i], rotate_each(k, *rope), with_more(v, more), first)
             in_ring, in_columns = masks[slots[i], rings[i][0].shape[2], config.windows[i]]
             parts = (*rings[i], in_ring), (*own, in_columns)
             return attend_over(parts, rotate_each(q, *rope), config.score_scale), own

@@ -4,23 +4,34 @@ A layer whose queries see W keys keeps the last W positions, position p in slot 
 many as a text may have. Each row has its own length. What a dispatch adds lies apart, side by side in the same columns
 for all rows, and goes into the ring at the end: the ring is only read meanwhile, which no program has to copy for, and
 tokens that are taken back have never been in it.
+
+Keys are (rows, K, slots, H) and values (rows, K, H, slots), as the two products of attention take them: any other
+layout, XLA would convert for each token.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def empty_rings(config, rows, length):
-    """Per layer (keys, values), each (rows, K, slots, H) zeros in the compute type, for texts of at most `length`."""
+def empty_pair(config, rows, slots):
+    """(keys, values) of zeros in the compute type."""
     K, H = config.n_kv_head, config.head_dim
-    zeros = lambda slots: jnp.zeros((rows, K, slots, H), config.dtype)
-    return tuple((zeros(slots), zeros(slots)) for slots in (min(window, length) for window in config.windows))
+    return jnp.zeros((rows, K, slots, H), config.dtype), jnp.zeros((rows, K, H, slots), config.dtype)
+
+
+def empty_rings(config, rows, length):
+    """Per layer (keys, values) for texts of at most `length` tokens."""
+    return tuple(empty_pair(config, rows, min(window, length)) for window in config.windows)
 
 
 def empty_columns(config, rows, count):
-    """Per layer (keys, values), each (rows, K, count, H) zeros: what a dispatch of `count` tokens a row adds."""
-    shape = rows, config.n_kv_head, count, config.head_dim
-    return tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.n_layer))
+    """Per layer (keys, values), with `count` slots: what a dispatch of as many tokens a row adds."""
+    return tuple(empty_pair(config, rows, count) for _ in range(config.n_layer))
+
+
+def as_columns(k, v):
+    """(keys, values) of k, v (B, T, K, H)."""
+    return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
 
 
 def positions_held(start, slots):
@@ -31,13 +42,13 @@ def positions_held(start, slots):
 
 def cut_rings(rings, span):
     """The first `span` slots of each ring: all that is in use while no text is longer."""
-    return jax.tree.map(lambda a: a[:, :, :span], rings)
+    return tuple((keys[:, :, :span], values[:, :, :, :span]) for keys, values in rings)
 
 
 def attend_over(parts, q, scale):
     """softmax(scale * q k) v over several pieces of keys and values, softmax in float32; returns (B, T, N, H).
 
-    parts: (keys, values (B, K, S, H), mask (B, T, S)); at least one key of each query is not masked.
+    parts: (keys, values, mask (B, T, S)); at least one key of each query is not masked.
     """
     B, T, N, H = q.shape
     q = q.reshape(B, T, parts[0][0].shape[1], -1, H)  # query heads in groups g that share a key/value head
@@ -48,14 +59,15 @@ def attend_over(parts, q, scale):
         cuts.append(keys.shape[2] + (cuts[-1] if cuts else 0))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     weights = jnp.split(weights, cuts[:-1], axis=-1)
-    pieces = [jnp.einsum("bkgts,bksh->btkgh", w, v) for w, (_, v, _) in zip(weights, parts, strict=True)]
+    pieces = [jnp.einsum("bkgts,bkhs->btkgh", w, values) for w, (_, values, _) in zip(weights, parts, strict=True)]
     return sum(pieces).reshape(B, T, N, H)
 
 
-def add_columns(columns, new, first):
-    """Columns (keys, values) with new ones (B, T, K, H) each from column `first` on."""
-    put = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.swapaxes(1, 2).astype(a.dtype), first, axis=2)
-    return tuple(map(put, columns, new))
+def add_columns(columns, k, v, first):
+    """Columns with those of k, v (B, T, K, H) from slot `first` on."""
+    (keys, values), (new_keys, new_values) = columns, as_columns(k, v)
+    keys = jax.lax.dynamic_update_slice_in_dim(keys, new_keys, first, axis=2)
+    return keys, jax.lax.dynamic_update_slice_in_dim(values, new_values, first, axis=3)
 
 
 def window_masks(start, first, new, slots, held, columns, window):
@@ -71,37 +83,37 @@ def window_masks(start, first, new, slots, held, columns, window):
 
 
 def write_rings(rings, columns, start, counts):
-    """The rings with the first counts (B,) columns of each row added, at positions start (B,) and after."""
-    return tuple(
-        tuple(write_ring(ring, new, start, counts) for ring, new in zip(*pairs, strict=True))
-        for pairs in zip(rings, columns, strict=True)
-    )
+    """The rings with the first counts (B,) columns of each row added, at positions start (B,) and after.
 
+    Of more columns than a ring has slots the last ones stay.
+    """
+    rows, column = jnp.arange(len(start))[:, None], jnp.arange(columns[0][0].shape[2])
 
-def write_ring(ring, new, start, counts):
-    """One array (B, K, slots, H) with columns (B, K, D, H) added; of more columns than slots the last ones stay."""
-    slots, column = ring.shape[2], jnp.arange(new.shape[2])
-    kept = (column < counts[:, None]) & (column >= counts[:, None] - slots)
-    slot = jnp.where(kept, (start[:, None] + column) % slots, slots)  # past the end: dropped
-    rows = jnp.arange(ring.shape[0])[:, None]
-    return ring.at[rows, :, slot].set(new.swapaxes(1, 2), mode="drop")
+    def write(ring, new):
+        (keys, values), (new_keys, new_values), slots = ring, new, ring[0].shape[2]
+        kept = (column < counts[:, None]) & (column >= counts[:, None] - slots)
+        slot = jnp.where(kept, (start[:, None] + column) % slots, slots)  # past the end: dropped
+        keys = keys.at[rows, :, slot].set(new_keys.transpose(0, 2, 1, 3), mode="drop")
+        return keys, values.at[rows, :, :, slot].set(new_values.transpose(0, 3, 1, 2), mode="drop")
+
+    return tuple(map(write, rings, columns))
 
 
 def fill_rings(rings, columns, row, lengths):
-    """The rings with rows replaced by texts of `lengths` (R,) tokens, whose keys and values are (R, K, P, H).
+    """The rings with rows replaced by texts of `lengths` (R,) tokens, whose columns are padded to one length.
 
-    row (R,): where each goes; one past the last row goes nowhere.
+    row (R,): where each goes; one past the last row goes nowhere. Slots that no token of a text has may hold anything.
     """
-    return tuple(
-        tuple(fill_ring(ring, new, row, lengths) for ring, new in zip(*pairs, strict=True))
-        for pairs in zip(rings, columns, strict=True)
-    )
+    padded = columns[0][0].shape[2]
 
+    def fill(ring, new):
+        (keys, values), (new_keys, new_values), slots = ring, new, ring[0].shape[2]
+        if padded > slots:
+            position = jnp.maximum(positions_held(lengths, slots), 0)
+            new_keys = jnp.take_along_axis(new_keys, position[:, None, :, None], axis=2)
+            new_values = jnp.take_along_axis(new_values, position[:, None, None, :], axis=3)
+        held = min(padded, slots)
+        keys = keys.at[row, :, :held].set(new_keys, mode="drop")
+        return keys, values.at[row, :, :, :held].set(new_values, mode="drop")
 
-def fill_ring(ring, new, row, lengths):
-    """One array (B, K, slots, H) with rows replaced by (R, K, P, H); what is not in a text may hold anything."""
-    slots, P = ring.shape[2], new.shape[2]
-    if P <= slots:
-        return ring.at[row, :, :P].set(new, mode="drop")
-    position = jnp.maximum(positions_held(lengths, slots), 0)
-    return ring.at[row].set(jnp.take_along_axis(new, position[:, None, :, None], axis=2), mode="drop")
+    return tuple(map(fill, rings, columns))
