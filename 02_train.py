@@ -1250,12 +1250,19 @@ def attention_for(config, length):
     return ATTENTIONS[config.attn_impl]
 
 
+def attention_parts(config):
+    """Rotation and attention of a config, as onechip/answers.py and onechip/engine.py take them."""
+    from onechip.answers import Parts
+
+    return Parts(functools.partial(rope_tables, config), functools.partial(attention_for, config), masked_attention)
+
+
 def make_answerer(config, model, mesh):
     """The Answerer of a model: a function of params -> score(questions), the Scores of Texts (onechip/questions.py)."""
     from onechip.answer_rows import BatchSizes
-    from onechip.answers import Answerer, Parts
+    from onechip.answers import Answerer
 
-    parts = Parts(functools.partial(rope_tables, config), functools.partial(attention_for, config), masked_attention)
+    parts = attention_parts(config)
     kernel = config.attn_impl in ("splash", "pallas")  # their programs take longer to compile, and chips are faster
     sizes = BatchSizes(128 if kernel else 32, config.device_batch_size * config.seq_len, 1 << (22 if kernel else 17))
     return Answerer(config, model, sharding_of(mesh, "B"), parts, sizes)
