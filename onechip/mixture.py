@@ -93,7 +93,7 @@ def packed_conversations(mixture, tokens, rows, length, position=None):
             filled = 0
             while True:
                 while len(held) < WAITING:
-                    bisect.insort(held, render(following), key=size)
+                    bisect.insort_left(held, render(following), key=size)  # the oldest of a length leaves first
                     following += 1
                 fits = bisect.bisect_right(held, length - filled, key=size)
                 if fits == 0:
