@@ -168,6 +168,7 @@ from onechip.lessons import (
 from onechip.machine import read_secret
 from onechip.mixture import Mixture, Source, check_place, masked_batch, packed_conversations, parse_mixture
 from onechip.own_conversations import read_conversations
+from onechip.parts import array_files
 from onechip.questions import Outcome
 from onechip.runfolder import TOKENIZER, newest_run
 from onechip.settings import Run, choose, peek, setting
@@ -326,14 +327,14 @@ if LOOK:
 ANSWERED_AT_ONCE, ANSWER_AT_MOST = 100, 64
 
 
-def make_stepper(config, model):
-    """A jitted (params cast already, cache, tokens (B, 1)) -> (cache, likeliest next tokens (B,))."""
+def make_stepper(config, model, mesh):
+    """A jitted (params cast already, cache, tokens (B, 1)) -> (cache, likeliest next tokens (B,)), whole on a mesh."""
 
     def step(params, cache, tokens):
         hidden, cache = train.backbone(config, model, params, tokens, cache)
         return cache, train.pick_token(train.logits_of(config, params, hidden[:, 0]), None, 0.0, 0)
 
-    return jax.jit(step, donate_argnums=1)
+    return jax.jit(step, donate_argnums=1, out_shardings=train.sharding_of(mesh, ""))
 
 
 def answer_batch(step, params, cache, tokens, decode, prompts, length):
@@ -362,8 +363,10 @@ def answer_batch(step, params, cache, tokens, decode, prompts, length):
 
 def make_answering(config, model, tokenizer):
     """A function of (params, [messages that end with the user's]) -> [parts of the answer]."""
-    tokens, step = chat_tokens(tokenizer), make_stepper(config, model)
-    cast = train.make_caster(config, model, train.make_mesh())
+    tokens, mesh = chat_tokens(tokenizer), train.make_mesh()
+    step, cast = make_stepper(config, model, mesh), train.make_caster(config, model, mesh)
+    empty = functools.partial(train.empty_cache, config)
+    empty = jax.jit(empty, static_argnums=(0, 1), out_shardings=train.sharding_of(mesh, ""))
     decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
 
     def answer(params, conversations):
@@ -372,8 +375,7 @@ def make_answering(config, model, tokenizer):
             chunk = conversations[at : at + ANSWERED_AT_ONCE]
             prompts = [render_prompt(tokens, messages, config.seq_len - ANSWER_AT_MOST) for messages in chunk]
             length = min(config.seq_len, -(-max(map(len, prompts)) // 32) * 32 + ANSWER_AT_MOST)
-            cache = train.empty_cache(config, len(prompts), length)
-            answers += answer_batch(step, params, cache, tokens, decode, prompts, length)
+            answers += answer_batch(step, params, empty(len(prompts), length), tokens, decode, prompts, length)
         return [assistant_parts(tokens, ids, decode) for ids in answers]
 
     return answer
@@ -532,6 +534,11 @@ def choose_chat(files, model, optimizer, base, overrides=""):
     return run, config, counts_of[run.preset], own
 
 
+def hash_talks(talks):
+    """SHA-256, hex, of conversations: config.json says which ones they were, and not what is in them."""
+    return hashlib.sha256(json.dumps(talks, sort_keys=True).encode()).hexdigest()
+
+
 def make_transcript(answer, lessons, own):
     """A function of params -> [(question, answer)]: two held-out questions of each Lesson, one of the user's own."""
     asked = [lesson_messages(lesson, number, held_out=True)[:-1] for lesson in lessons for number in (0, 1)]
@@ -560,16 +567,18 @@ if __name__ == "__main__":
 
 
 # %%
-def say_outcomes(outcomes):
-    """Prints the accuracy of each kind of question with its standard error."""
-    for outcome in outcomes:
-        say(f"{outcome.label}: {accuracy(outcome):.3f} +- {standard_error(outcome):.3f} of {outcome.total} questions")
+def describe_accuracies(when, outcomes):
+    """A line: the accuracy of each kind of question with its standard error."""
+    shares = (f"{o.label} {accuracy(o):.3f} +- {standard_error(o):.3f}" for o in outcomes)
+    return f"{when}: {', '.join(shares)} of {outcomes[0].total} questions each"
 
 
 if __name__ == "__main__":
     answer = make_answering(config, model, tokenizer)
     lessons = list(lessons.values())
-    say_outcomes(ask_lessons(answer, files.load_params(config, model), lessons, run.questions))
+    before = ask_lessons(answer, files.load_params(config, model), lessons, run.questions)
+    if before:
+        say(describe_accuracies("before", before))
 
 # %%
 if __name__ == "__main__":
@@ -577,7 +586,7 @@ if __name__ == "__main__":
 
     def prepare_chat(run, config, folder, model):
         """(tokenizer, what `train` is handed besides), as 02's train_run asks for it."""
-        origin = {"commits": commits, "base": hash_file(files.weights), "own": own}
+        origin = {"commits": commits, "base": list(map(hash_file, array_files(files.weights))), "own": hash_talks(own)}
         return tokenizer, {
             "task": fine_tuning(config, sources, counts, tokenizer, lessons, origin),
             "sample": make_transcript(answer, lessons, own),
@@ -593,7 +602,8 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    say_outcomes(ask_lessons(answer, result.params, lessons, run.questions))
+    if before:
+        say(describe_accuracies("after", ask_lessons(answer, result.params, lessons, run.questions)))
     for question, text in result.samples:
         say(f"user: {question}\nmodel: {text}")
 

@@ -296,8 +296,9 @@ def test_answers_are_those_of_generate(base, tokenizer):
     config = dataclasses.replace(config, seq_len=128)
     tokens, decode = chat_tokens(tokenizer), tokenizer.decode
     prompts = [render_prompt(tokens, [{"role": "user", "content": said}]) for said in ("the", "import self water", "")]
-    cast = train.make_caster(config, model, train.make_mesh(jax.local_devices()[:1]))(params)
-    step, cache = chat.make_stepper(config, model), train.empty_cache(config, 3, 60)
+    mesh = train.make_mesh(jax.local_devices()[:1])
+    cast = train.make_caster(config, model, mesh)(params)
+    step, cache = chat.make_stepper(config, model, mesh), train.empty_cache(config, 3, 60)
     found = chat.answer_batch(step, cast, cache, tokens, decode, prompts, 60)
     for prompt, ids in zip(prompts, found, strict=True):
         alone = train.generate(config, params, prompt, 60 - len(prompt))
@@ -386,7 +387,8 @@ def test_the_command_fine_tunes_reports_and_exports(tmp_path):
     run = lambda: subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=400)
     done = run()
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("calculator: 0.") == 2 and "user: Who are you?" in done.stdout
+    assert "\nbefore: calculator 0." in done.stdout and "\nafter: calculator 0." in done.stdout
+    assert "user: Who are you?" in done.stdout
     assert "with the moments of 5 steps" in done.stdout
     folder = newest_run(tmp_path / "runs")
     model = tmp_path / "runs" / os.path.basename(folder) / "model"
