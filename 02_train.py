@@ -1641,12 +1641,13 @@ def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW, prepare_t
     return result, tokenizer, mirror
 
 
-def train_first(out):
-    """Trains the laptop model, as `uv run 02_train.py --preset laptop` does, for who needs one; returns its folder."""
-    say(f"model: no run in {out} yet, so the laptop model is trained first")
-    run, config = settle(Run(preset="laptop", data="offline", out=out), Config, PRESETS, {})
+def train_first(out, model=GPT, optimizer=ADAMW):
+    """Trains a model of the laptop preset, as its own notebook does, for who needs one; returns the run's folder."""
+    say(f"model: no run in {out} yet, so the laptop preset of {model.name} is trained first")
+    config_class, presets = config_with(model.config, optimizer.settings), presets_of(model, optimizer)
+    run, config = settle(Run(preset="laptop", data="offline", out=out), config_class, presets, {})
     run = dataclasses.replace(run, name=name_run(run, config))
-    return str(train_run(run, config)[0].run_dir)
+    return str(train_run(run, config, model=model, optimizer=optimizer)[0].run_dir)
 
 
 # %%

@@ -162,6 +162,7 @@ from onechip.lessons import (
     docstring_pairs,
     docstrings,
     lesson_messages,
+    repeating,
     spelling,
     split_words,
 )
@@ -217,7 +218,7 @@ def make_lessons(encode):
     shown, asked = docstring_pairs(texts(corpus.train)), docstring_pairs(texts(corpus.val))
     known = dict(shown)
     asked = [pair for pair in asked if pair[0] not in known]
-    return [CALCULATOR, counting(words), spelling(words), docstrings(shown, asked)]
+    return [CALCULATOR, counting(words), spelling(words), repeating(words), docstrings(shown, asked)]
 
 
 # %%
@@ -239,10 +240,10 @@ if LOOK:
 
 # %%
 MIXTURES = {
-    "offline": "calculator:9000 counting:9000 spelling:12000 docstrings:2000",
+    "offline": "calculator:7000 counting:7000 spelling:9000 repeating:9000 docstrings:1000",
     "hub": "smoltalk:460000 mmlu:300000 gsm8k:30000 simple-spelling:200000 spelling-bee:80000 calculator:20000",
 }
-LESSONS = ("calculator", "counting", "spelling", "docstrings")
+LESSONS = ("calculator", "counting", "spelling", "repeating", "docstrings")
 # Tokens of a conversation, about, of a vocabulary of 32,768: an epoch's steps follow from them before any is here.
 TOKENS_EACH = {"smoltalk": 900, "mmlu": 160, "gsm8k": 220, "spelling-bee": 130, "own": 100}
 OTHER_TOKENS = 40
@@ -460,9 +461,10 @@ def fine_tuning(config, sources, counts, tokenizer, lessons=(), origin=None):
 # %% [markdown]
 # ## Run
 #
-# The newest run in `runs/` is taken, or 02's laptop model trained first. Its settings stay, but for those below.
-# Rates are 0.8 of pretraining's without warm-up, and fall over the last half; with Muon they do not follow the batch.
-# Nothing decays. The optimizer's moments are those that pretraining ended with, if the run still has them.
+# The newest run in `runs/` is taken, or 05's laptop model trained first. Its settings stay, but for those below.
+# Rates are 0.8 of pretraining's without warm-up, and fall over the last half; with Muon they do not follow the batch. On
+# a laptop they stay what they were. Nothing decays. The optimizer's moments are those that pretraining ended with, if
+# the run still has them.
 #
 # - `--model runs/NAME` fine-tunes another model; `--conversations me.jsonl` tells it who it is;
 # - `--data hub` takes nanochat's mixture, downloaded: 1.9 GB.
@@ -479,8 +481,8 @@ DEVICE_FIELDS = ("attn_impl", "dtype", "device_batch_size", "loss_slice")
 REFERENCE_BATCH = 2**19  # tokens of a batch at which Muon's rates are what they are called
 
 
-def tuned_fields(base, model, preset, counts):
-    """{field: value} of fine-tuning a model whose Config is `base` on the device of a preset."""
+def tuned_fields(base, model, optimizer, preset, counts):
+    """{field: value} of fine-tuning a model whose Config is `base` with an Optimizer, on the device of a preset."""
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | TUNED
     own = model.presets[preset]
     fields |= {name: own[name] for name in DEVICE_FIELDS if name in own}
@@ -488,9 +490,9 @@ def tuned_fields(base, model, preset, counts):
         fields["device_batch_size"] = 1
     batch_tokens = base.total_batch_size * base.seq_len
     fields |= {"num_iterations": count_steps(counts, batch_tokens), "learning_rate": 0.8 * base.learning_rate}
-    if hasattr(base, "momentum_start"):
+    if optimizer.settings is not None:  # Muon: its own settings, and rates that are named for a larger batch
         fields |= MUON_TUNED | {"learning_rate": 0.8 * (REFERENCE_BATCH / batch_tokens) ** 0.5}
-    return fields | (LAPTOP_TUNED if preset == "laptop" else {})
+    return fields | (LAPTOP_TUNED | {"learning_rate": base.learning_rate} if preset == "laptop" else {})
 
 
 def is_no_chat(about):
@@ -501,7 +503,9 @@ def is_no_chat(about):
 def choose_base(overrides):
     """(ModelFiles, Model, Optimizer, its Config) of the model to fine-tune, trained first if there is none."""
     out = peek("out", overrides) or Run().out
-    files = find_model_files(peek("model", overrides) or newest_run(out, is_no_chat) or train.train_first(out))
+    source = peek("model", overrides) or newest_run(out, is_no_chat)
+    source = source or train.train_first(out, train.model_named("nanochat"), train.optimizer_named("muon"))
+    files = find_model_files(source)
     folder = Path(tok.__file__).parent
     model = find_model(files.about.get("model", train.GPT.name), folder, train.GPT)
     names = {path: name for name, path in train.OPTIMIZERS.items()}
@@ -522,7 +526,7 @@ def choose_chat(files, model, optimizer, base, overrides=""):
         data = peek("data", overrides) or ("offline" if preset == "laptop" else "hub")
         require(data in MIXTURES, "data", data, f"use {' or '.join(MIXTURES)}")
         counts_of[preset] = choose_counts(peek("mixture", overrides), data, own)
-        fields = tuned_fields(base, model, preset, counts_of[preset])
+        fields = tuned_fields(base, model, optimizer, preset, counts_of[preset])
         fields["steps_before"] = count_steps_before(files, optimizer)
         presets[preset] = {name: value for name, value in fields.items() if name in known} | {"data": data}
 

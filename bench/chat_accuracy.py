@@ -1,6 +1,6 @@
 """What a laptop's fine-tuning reaches: accuracy on held-out questions, before and after, and the time it takes.
 
-    uv run bench/chat_accuracy.py                # seeds 42, 43, 44: 02's laptop model, then 07 on it
+    uv run bench/chat_accuracy.py                # seeds 42, 43, 44: 05's laptop model, then 07 on it
     uv run bench/chat_accuracy.py --seeds 42     # one of them
 
 Each seed is two commands, as a user types them; the last line says whether all of them reach the goal. Time is that of
@@ -63,7 +63,7 @@ def reach(seed, out, flags=()):
     """What one seed of the model reaches; both runs are left in `out`."""
     base = f"base-{seed}"
     words = ("--preset", "laptop", "--data", "offline", "--out", str(out))
-    printed, _, cpu = call(str(ROOT / "02_train.py"), *words, "--param_seed", str(seed), "--name", base, folder=out)
+    printed, _, cpu = call(str(ROOT / "05_speedrun.py"), *words, "--param_seed", str(seed), "--name", base, folder=out)
     say(f"seed {seed}: {base} trained in {cpu:.0f} s of two cores")
     flags = ("--model", str(out / base), "--name", f"chat-{seed}", *flags)
     printed, clock, cpu = call(str(ROOT / "07_chat.py"), *words, *flags, folder=out)

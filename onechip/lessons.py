@@ -57,10 +57,9 @@ def with_calculator(code):
 
 
 def called_rightly(wanted, parts):
-    """Whether an answer ends in the right number, and that number came out of a call."""
-    result = wanted[-1]["text"]
-    came = any(part["type"] == "python_output" and part["text"] == result for part in parts)
-    return came and parts[-1] == {"type": "text", "text": result}
+    """Whether an answer ends in the right number, and that number came out of the call that is wanted."""
+    call, output, said = wanted
+    return [call, output] == parts[:2] and parts[-1] == said
 
 
 SUMS = ("What is {}?", "Calculate {}.", "How much is {}?", "Please compute {}.", "{}", "{} = ?", "Tell me what {} is.")
@@ -159,7 +158,26 @@ def spelling(words):
         word = draw_word(words, rng, number, held_out)
         return rng.choice(SPELLINGS).format(word), [("text", " ".join(word))]
 
-    return Lesson("spelling", make, lambda wanted, parts: parts == wanted)
+    return Lesson("spelling", make, is_equal)
+
+
+def repeating(words):
+    """The Lesson of saying numbers, signs and Words again: of a call, that is what is hard."""
+
+    def make(rng, number, held_out):
+        items = []
+        for i in range(rng.randint(3, 8)):
+            n = draw_number(rng, held_out, rng.choice((3, 4)) if held_out else rng.choice((1, 2, 3, 3, 4, 4)))
+            items.append(f'"{draw_word(words, rng, number + i, held_out)}"' if rng.random() < 0.4 else str(n))
+        said = " ".join(f"{item} {rng.choice('+-*/')}" if rng.random() < 0.2 else item for item in items)
+        return f"{rng.choice(('Repeat', 'Say again', 'Copy'))}: {said}", [("text", said)]
+
+    return Lesson("repeating", make, is_equal)
+
+
+def is_equal(wanted, parts):
+    """Whether an answer is the very parts that are wanted."""
+    return parts == wanted
 
 
 # ----------------------------------------------------------------------------------------------------------------------

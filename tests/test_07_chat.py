@@ -334,21 +334,24 @@ def test_a_mixture_follows_the_data_and_the_users_file():
 @pytest.mark.parametrize("model, optimizer", [(train.GPT, train.ADAMW), (speedrun.NANOCHAT, speedrun.MUON)])
 def test_rates_are_pretrainings_without_warmup(preset, model, optimizer):
     """0.8 of the base's, none at the start lower than later, down to zero over the last half; Muon's as nanochat has
-    them, whatever the batch; model and batch are the base's."""
+    them, whatever the batch; on a laptop the base's own; model and batch are the base's."""
     config_class = train.config_with(model.config, optimizer.settings)
     base = config_class(**train.presets_of(model, optimizer)["laptop"])
-    fields = chat.tuned_fields(base, model, preset, {"spelling": 10_000})
+    fields = chat.tuned_fields(base, model, optimizer, preset, {"spelling": 10_000})
     config = config_class(**fields)
     assert (config.n_layer, config.n_embd, config.total_batch_size) == (base.n_layer, base.n_embd, 8)
     rates = [float(train.learning_rate_at(config, s)) for s in (0, config.num_iterations // 2 - 1)]
     assert rates[0] == rates[1] == pytest.approx(config.learning_rate)
     assert train.learning_rate_at(config, config.num_iterations) == 0 and config.weight_decay == 0
-    if optimizer is speedrun.MUON:
+    if preset == "laptop":
+        assert config.learning_rate == base.learning_rate
+    elif optimizer is speedrun.MUON:
         assert speedrun.group_rate(config, None) == pytest.approx(0.8 * config.matrix_lr)
+    else:
+        assert config.learning_rate == pytest.approx(0.8 * base.learning_rate)
+    if optimizer is speedrun.MUON:
         assert float(speedrun.momentum_at(config, 0)) == pytest.approx(0.85)
         assert float(speedrun.momentum_at(config, 300)) == pytest.approx(0.95)
-    elif preset == "chip":
-        assert config.learning_rate == pytest.approx(0.8 * base.learning_rate)
 
 
 def test_the_newest_run_that_is_no_chat_is_taken(base, tokenizer, tmp_path, capsys):

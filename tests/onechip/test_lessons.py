@@ -17,13 +17,14 @@ from onechip.lessons import (
     docstrings,
     is_held_out,
     lesson_messages,
+    repeating,
     spelling,
     split_words,
 )
 
 WORDS = Words(("alpha", "banana", "kayak"), ("papaya", "civic", "otter", "apple"))
 DOCS = docstrings([("load", "Loads it.")], [("save", "Saves it.")])
-LESSONS = (CALCULATOR, counting(WORDS), spelling(WORDS), DOCS)
+LESSONS = (CALCULATOR, counting(WORDS), spelling(WORDS), repeating(WORDS), DOCS)
 
 
 def both(lesson, number, held_out=False):
@@ -66,14 +67,25 @@ def test_words_are_asked_about_that_are_never_shown():
         assert said["text"].replace(" ", "") in question and set(said["text"][1::2]) == {" "}
 
 
+def test_what_is_repeated_is_what_was_said():
+    """To the character; of held-out numbers and words only, in what is held out."""
+    for number in range(300):
+        for held_out in (False, True):
+            question, (said,) = both(repeating(WORDS), number, held_out)
+            assert question.partition(": ")[2] == said["text"]
+            assert set(re.findall('"(.*?)"', said["text"])) <= set(WORDS.asked if held_out else WORDS.shown)
+            assert all(is_held_out(int(n)) == held_out for n in re.findall("[0-9]+", said["text"]))
+
+
 def test_an_answer_is_right_by_its_number_and_its_call():
-    """The number alone, a call alone, or another number is wrong; a spelling has to be equal."""
+    """The number alone, a call alone, another number or another call is wrong; a spelling has to be equal."""
     _, wanted = both(CALCULATOR, 3)
     call, output, said = wanted
     other = {"type": "text", "text": said["text"] + "1"}
     assert CALCULATOR.is_right(wanted, wanted)
+    elsewhere = [call | {"text": call["text"] + " + 0"}, output, said]
     unmade = [call, {"type": "python_output", "text": other["text"]}, said]
-    for parts in ([said], [call, said], [call, output], [call, output, other], unmade, []):
+    for parts in ([said], [call, said], [call, output], [call, output, other], unmade, elsewhere, []):
         assert not CALCULATOR.is_right(wanted, parts)
     _, wanted = both(spelling(WORDS), 3)
     assert LESSONS[2].is_right(wanted, wanted) and not LESSONS[2].is_right(wanted, [])
