@@ -462,9 +462,9 @@ def fine_tuning(config, sources, counts, tokenizer, lessons=(), origin=None):
 # ## Run
 #
 # The newest run in `runs/` is taken, or 05's laptop model trained first. Its settings stay, but for those below.
-# Rates are 0.8 of pretraining's without warm-up, and fall over the last half; with Muon they do not follow the batch. On
-# a laptop they stay what they were. Nothing decays. The optimizer's moments are those that pretraining ended with, if
-# the run still has them.
+# Rates are 0.8 of pretraining's without warm-up, and fall over the last half; with Muon they do not follow the batch.
+# On a laptop they stay what they were. Nothing decays. The optimizer is pretraining's, with the moments that it ended
+# with, if the run still has them.
 #
 # - `--model runs/NAME` fine-tunes another model; `--conversations me.jsonl` tells it who it is;
 # - `--data hub` takes nanochat's mixture, downloaded: 1.9 GB.
@@ -509,8 +509,11 @@ def choose_base(overrides):
     folder = Path(tok.__file__).parent
     model = find_model(files.about.get("model", train.GPT.name), folder, train.GPT)
     names = {path: name for name, path in train.OPTIMIZERS.items()}
-    used = names.get(files.about.get("optimizer"), "adamw")
-    optimizer = train.optimizer_named(peek("optimizer", overrides) or used)
+    used, wanted = names.get(files.about.get("optimizer"), "adamw"), peek("optimizer", overrides)
+    require(
+        wanted in ("", used), "optimizer", wanted, f"the model was trained with {used}, which continues: leave it out"
+    )
+    optimizer = train.optimizer_named(used)
     base = files.make_config(config_of(files.about, model, folder))
     return files, model, optimizer, base
 

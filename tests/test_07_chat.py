@@ -371,6 +371,8 @@ def test_the_newest_run_that_is_no_chat_is_taken(base, tokenizer, tmp_path, caps
         train.train(small, toy_task(small, tokenizer), out / run.name)
     assert chosen[0] == chosen[1] and chosen[0].startswith("chat-pretrained-")
     assert newest_run(out) == str(out / chosen[0])
+    with pytest.raises(UserError, match="optimizer='muon': the model was trained with adamw"):
+        chat.choose_base(f"{words} --optimizer muon")
     with pytest.raises(UserError, match="data='other': use offline or hub"):
         chat.choose_chat(files, model, optimizer, train.open_model(base).config, f"{words} --data other")
 
