@@ -167,7 +167,7 @@ from onechip.lessons import (
     split_words,
 )
 from onechip.machine import read_secret
-from onechip.mixture import Mixture, Source, check_place, masked_batch, packed_conversations, parse_mixture
+from onechip.mixture import Mixture, TalkSource, check_place, masked_batch, packed_conversations, parse_mixture
 from onechip.own_conversations import read_conversations
 from onechip.parts import array_files
 from onechip.questions import Outcome
@@ -264,7 +264,7 @@ def count_steps(counts, batch_tokens):
 
 
 def open_sources(counts, encode, own):
-    """([Source] of a mixture, {name: commits of what was downloaded})."""
+    """([TalkSource] of a mixture, {name: commits of what was downloaded})."""
     sources, commits = [], {}
     lessons = {lesson.name: lesson for lesson in make_lessons(encode)} if set(counts) & set(LESSONS) else {}
     for name in counts:
@@ -273,10 +273,10 @@ def open_sources(counts, encode, own):
         elif name in SPELLING_SETS:
             source = spelling_source(name)
         elif name == "own":
-            source = Source(name, lambda number: own[number % len(own)])
+            source = TalkSource(name, lambda number: own[number % len(own)])
         else:
             make = functools.partial(lesson_messages, lessons[name])
-            source = Source(name, make, functools.partial(make, held_out=True))
+            source = TalkSource(name, make, functools.partial(make, held_out=True))
         sources.append(source)
     return sources, commits, lessons
 
@@ -309,7 +309,7 @@ def chat_batches(config, mixture, tokens, position=None):
 # %%
 if LOOK:
     toy_tokens = chat_tokens(small)
-    toy_sources = [Source(lesson.name, functools.partial(lesson_messages, lesson)) for lesson in lessons]
+    toy_sources = [TalkSource(lesson.name, functools.partial(lesson_messages, lesson)) for lesson in lessons]
     toy_mixture = Mixture(toy_sources, dict.fromkeys(LESSONS, 100))
     ids, mask, place = next(packed_conversations(toy_mixture, toy_tokens, 8, 257))
     begun, share = (ids == toy_tokens.user_start).sum(axis=1), place["log"]["padding"]

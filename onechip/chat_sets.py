@@ -4,7 +4,7 @@ from onechip.chat_tasks import gsm8k_item, mmlu_item
 from onechip.conversations import check_messages
 from onechip.errors import UserError
 from onechip.hubdata import Table, open_rows
-from onechip.mixture import Source
+from onechip.mixture import TalkSource
 from onechip.spelling import read_words, shuffled_words, simple_spelling_item, spelling_bee_item
 
 MMLU_COLUMNS = ("question", "choices", "answer", "subject")
@@ -49,15 +49,15 @@ def reader_of_rows(name, table, make):
 
 
 def hub_source(name):
-    """(Source, {split: commit}) of a key of HUB_SETS; what is not here is downloaded."""
+    """(TalkSource, {split: commit}) of a key of HUB_SETS; what is not here is downloaded."""
     learned, asked, make = HUB_SETS[name]
     (messages, revision), (held_out, other) = (reader_of_rows(name, table, make) for table in (learned, asked))
-    return Source(name, messages, held_out), {learned.split: revision, asked.split: other}
+    return TalkSource(name, messages, held_out), {learned.split: revision, asked.split: other}
 
 
 def spelling_source(name):
-    """The Source of a key of SPELLING_SETS: nanochat's rules, on words.txt."""
+    """The TalkSource of a key of SPELLING_SETS: nanochat's rules, on words.txt."""
     make, arrange = SPELLING_SETS[name]
     words = arrange(read_words())
     item = lambda test: lambda number: make(number, words, test)["messages"]
-    return Source(name, item(False), item(True))
+    return TalkSource(name, item(False), item(True))

@@ -80,7 +80,7 @@ def find_revision(table):
     return revision
 
 
-class Rows(NamedTuple):
+class TableRows(NamedTuple):
     """The rows of a table in a seeded order, each made a dict when it is asked for. revision: the commit of its export.
 
     The order is NumPy's permutation of that seed, which is that of `datasets.Dataset.shuffle(seed)`.
@@ -100,11 +100,11 @@ class Rows(NamedTuple):
 
 
 def open_rows(table, seed=SEED):
-    """The Rows of a Table; UserError if it cannot be had, or is empty."""
+    """The TableRows of a Table; UserError if it cannot be had, or is empty."""
     revision = find_revision(table)
     whole = pa.concat_tables(open_parquet(path, table.columns) for path in table_files(table, revision))
     require(len(whole), "table", table.repo, f"has no rows in {table.subset}/{table.split}")
-    return Rows(whole, np.random.default_rng(seed).permutation(len(whole)), revision)
+    return TableRows(whole, np.random.default_rng(seed).permutation(len(whole)), revision)
 
 
 def load_rows(table, limit=0, seed=SEED):

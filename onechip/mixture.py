@@ -16,7 +16,7 @@ SEED, WAITING = 42, 100  # of the order; conversations among which the longest t
 LARGEST_COUNT = 10**8
 
 
-class Source(NamedTuple):
+class TalkSource(NamedTuple):
     """messages(number) -> conversation `number` of those named so; a source with fewer begins again.
 
     held_out(number): the same of those that are never trained on; None if there are none.
@@ -45,7 +45,7 @@ class Mixture:
     """Conversations by number, without end: each epoch has `count` of every source, in an order of its own."""
 
     def __init__(self, sources, counts, held_out=False):
-        """sources: [Source]; counts: {name: how many in an epoch}."""
+        """sources: [TalkSource]; counts: {name: how many in an epoch}."""
         pick = lambda source: source.held_out if held_out else source.messages
         self._parts = [(pick(source), counts[source.name]) for source in sources if pick(source)]
         self._ends = list(itertools.accumulate(count for _, count in self._parts))

@@ -21,7 +21,7 @@ from execute import train_before
 from onechip.conversations import chat_tokens, render_conversation, render_prompt
 from onechip.errors import UserError
 from onechip.export import find_model_files
-from onechip.mixture import Mixture, Source
+from onechip.mixture import Mixture, TalkSource
 from onechip.runfolder import newest_run
 from onechip.warmstart import count_steps_before, has_moments, load_start
 
@@ -43,7 +43,7 @@ def toy_messages(seed, number):
     return [{"role": "user", "content": said}, {"role": "assistant", "content": ANSWERS[key]}]
 
 
-TOY = Source("toy", functools.partial(toy_messages, 1), functools.partial(toy_messages, 2))
+TOY = TalkSource("toy", functools.partial(toy_messages, 1), functools.partial(toy_messages, 2))
 
 
 def toy_task(config, tokenizer, source=TOY):

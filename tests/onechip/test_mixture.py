@@ -9,7 +9,7 @@ import pytest
 
 from onechip.conversations import ChatTokens, render_conversation
 from onechip.errors import UserError
-from onechip.mixture import Mixture, Source, check_place, masked_batch, packed_conversations, parse_mixture
+from onechip.mixture import Mixture, TalkSource, check_place, masked_batch, packed_conversations, parse_mixture
 
 # A token for each character: a conversation of texts of m and n characters has m + n + 5.
 TOKENS = ChatTokens(*range(1000, 1009), encode=lambda text: list(map(ord, text)))
@@ -24,8 +24,10 @@ def talk(name, number, held_out=False):
 
 
 def sources():
-    make = lambda name: Source(name, lambda n: talk(name, n), lambda n: talk(name, n, True) if name != "c" else None)
-    return [make("a"), make("b"), Source("c", lambda n: talk("c", n))]
+    make = lambda name: TalkSource(
+        name, lambda n: talk(name, n), lambda n: talk(name, n, True) if name != "c" else None
+    )
+    return [make("a"), make("b"), TalkSource("c", lambda n: talk("c", n))]
 
 
 def who(messages):
@@ -110,7 +112,7 @@ def test_of_those_that_wait_the_longest_that_fits_is_taken():
 def test_what_is_longer_than_a_row_is_cut_to_it():
     """It fills a row from <|bos|> on, and the others are whole."""
     messages = lambda n: talk("b", n) if n % 2 else [{"role": "user", "content": "x" * 90}, *talk("a", n)[1:]]
-    ids, _, _ = next(packed_conversations(Mixture([Source("a", messages)], {"a": 9}), TOKENS, 4, 33))
+    ids, _, _ = next(packed_conversations(Mixture([TalkSource("a", messages)], {"a": 9}), TOKENS, 4, 33))
     cut = [row for row in ids if (row == ord("x")).sum() > 20]
     assert cut and all(row[0] == TOKENS.bos and TOKENS.user_end not in row for row in cut)
 
