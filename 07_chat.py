@@ -26,7 +26,7 @@
 # | where | what | time | memory |
 # |---|---|---|---|
 # | laptop, two cores, no network | the newest run in `runs/`, on conversations made by rule | 5 minutes | under 2 GB |
-# | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | 960 steps of 2^19 tokens | under 31.25 GiB |
+# | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | 930 steps of 2^19 tokens | under 31.25 GiB |
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
@@ -463,11 +463,11 @@ def fine_tuning(config, sources, counts, tokenizer, lessons=(), origin=None):
 #
 # The newest run in `runs/` is taken, or 05's laptop model trained first. Its settings stay, but for those below.
 # Rates are 0.8 of pretraining's without warm-up, and fall over the last half; with Muon they do not follow the batch.
-# On a laptop they stay what they were. Nothing decays. The optimizer is pretraining's, with the moments that it ended
+# On a laptop they stay what they were. `weight_decay` is 0. The optimizer is pretraining's, with the moments that it ended
 # with, if the run still has them.
 #
 # - `--model runs/NAME` fine-tunes another model; `--conversations me.jsonl` tells it who it is;
-# - `--data hub` takes nanochat's mixture, downloaded: 1.9 GB.
+# - `--data hub` takes nanochat's mixture, downloaded.
 
 
 # %%
@@ -592,7 +592,7 @@ if __name__ == "__main__":
     hub_token = read_secret("HF_TOKEN")
 
     def prepare_chat(run, config, folder, model):
-        """(tokenizer, what `train` is handed besides), as 02's train_run asks for it."""
+        """(tokenizer, what `train` is handed besides), as train_run asks for it."""
         origin = {"commits": commits, "base": list(map(hash_file, array_files(files.weights))), "own": hash_talks(own)}
         return tokenizer, {
             "task": fine_tuning(config, sources, counts, tokenizer, lessons, origin),
