@@ -463,8 +463,8 @@ def fine_tuning(config, sources, counts, tokenizer, lessons=(), origin=None):
 #
 # The newest run in `runs/` is taken, or 05's laptop model trained first. Its settings stay, but for those below.
 # Rates are 0.8 of pretraining's without warm-up, and fall over the last half; with Muon they do not follow the batch.
-# On a laptop they stay what they were. `weight_decay` is 0. The optimizer is pretraining's, with the moments that it ended
-# with, if the run still has them.
+# On a laptop they stay what they were. `weight_decay` is 0. The optimizer is pretraining's, with the moments that it
+# ended with, if the run still has them.
 #
 # - `--model runs/NAME` fine-tunes another model; `--conversations me.jsonl` tells it who it is;
 # - `--data hub` takes nanochat's mixture, downloaded.
