@@ -368,14 +368,17 @@ def make_answering(config, model, tokenizer):
     step, cast = make_stepper(config, model, mesh), train.make_caster(config, model, mesh)
     empty = functools.partial(train.empty_cache, config)
     empty = jax.jit(empty, static_argnums=(0, 1), out_shardings=train.sharding_of(mesh, ""))
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+    decode, room = (
+        functools.partial(tokenizer.decode, skip_special_tokens=False),
+        min(ANSWER_AT_MOST, config.seq_len // 2),
+    )
 
     def answer(params, conversations):
         params, answers = cast(params), []
         for at in range(0, len(conversations), ANSWERED_AT_ONCE):
             chunk = conversations[at : at + ANSWERED_AT_ONCE]
-            prompts = [render_prompt(tokens, messages, config.seq_len - ANSWER_AT_MOST) for messages in chunk]
-            length = min(config.seq_len, -(-max(map(len, prompts)) // 32) * 32 + ANSWER_AT_MOST)
+            prompts = [render_prompt(tokens, messages, config.seq_len - room) for messages in chunk]
+            length = min(config.seq_len, -(-max(map(len, prompts)) // 32) * 32 + room)
             answers += answer_batch(step, params, empty(len(prompts), length), tokens, decode, prompts, length)
         return [assistant_parts(tokens, ids, decode) for ids in answers]
 
