@@ -35,11 +35,11 @@ ANSWERS = {"a": "water", "b": "light", "c": "energy", "d": "plant"}
 CONFIG = tiny(seq_len=48, num_iterations=20, eval_every=8, save_every=6, eval_tokens=480)
 
 
-def toy_messages(seed, number):
-    """A question of two to six letters that say nothing and one that decides the answer."""
+def toy_messages(seed, number, most=6):
+    """A question of two to `most` letters that say nothing and one that decides the answer."""
     rng = random.Random(f"{seed} {number}")
     key = rng.choice("abcd")
-    said = " ".join([*rng.choices("efghijklmnop", k=rng.randint(2, 6)), key])
+    said = " ".join([*rng.choices("efghijklmnopqrstuvwxyz", k=rng.randint(2, most)), key])
     return [{"role": "user", "content": said}, {"role": "assistant", "content": ANSWERS[key]}]
 
 
@@ -218,7 +218,10 @@ def test_a_run_begins_with_the_model(base, tokenizer, tmp_path):
 
 def right_answers(config, params, tokenizer, count=60):
     """The share of held-out toy questions that a model answers."""
-    answer, items = chat.make_answering(config, train.GPT, tokenizer), [toy_messages(2, n) for n in range(count)]
+    answer, items = (
+        chat.make_answering(config, train.GPT, tokenizer),
+        [toy_messages(2, n, most=16) for n in range(count)],
+    )
     parts = answer(params, [messages[:1] for messages in items])
     wanted = [[{"type": "text", "text": messages[1]["content"]}] for messages in items]
     return np.mean([a == b for a, b in zip(parts, wanted, strict=True)])
@@ -235,8 +238,9 @@ BREAKS = {
 def test_a_broken_mask_costs_answers(tokenizer, tmp_path):
     """The same model, data and steps: with the mask nearly all held-out questions are answered; with one that is lost,
     shifted by a token or turned round the loss of the answers is higher, and fewer are right."""
-    config = tiny(seq_len=48, num_iterations=60, eval_every=0, save_every=0, eval_tokens=480, learning_rate=2e-2)
-    task = toy_task(config, tokenizer)
+    config = tiny(seq_len=96, num_iterations=60, eval_every=0, save_every=0, eval_tokens=960, learning_rate=2e-2)
+    make = lambda seed: lambda number: toy_messages(seed, number, most=16)
+    task = toy_task(config, tokenizer, TalkSource("long", make(1), make(2)))
 
     def train_with(change, name):
         batches = lambda position: ((change(batch), after) for batch, after in task.batches(position))
