@@ -197,14 +197,15 @@ class ChatRun(Run):
 # %% [markdown]
 # ## Lessons
 #
-# Where there is no network, conversations are made by rule. Three kinds can be checked:
+# Where there is no network, conversations are made by rule. Four kinds can be checked:
 #
 # - **calculator**: copy two numbers into a call, then say what came out;
 # - **counting** letters: the same with a word, `"strawberry".count("r")`;
-# - **spelling**: a model sees tokens, not letters, so it has to learn what each token is made of.
+# - **spelling**: a model sees tokens, not letters, so it has to learn what each token is made of;
+# - **repeating** what was said: nothing else, and the first two need it most.
 #
 # What is asked at the end has never been shown. Numbers are split by a hash, and so are words, among those whose tokens
-# several words share: nothing else says how a token is spelled. A fourth kind is what functions of Python's standard
+# several words share: nothing else says how a token is spelled. A fifth kind is what functions of Python's standard
 # library are for, from their docstrings: that is for talking, and no rule can grade it.
 
 # %%
@@ -240,7 +241,7 @@ if LOOK:
 
 # %%
 MIXTURES = {
-    "offline": "calculator:7000 counting:7000 spelling:9000 repeating:9000 docstrings:1000",
+    "offline": "calculator:7000 counting:7000 spelling:12000 repeating:7000 docstrings:1000",
     "hub": "smoltalk:460000 mmlu:300000 gsm8k:30000 simple-spelling:200000 spelling-bee:80000 calculator:20000",
 }
 LESSONS = ("calculator", "counting", "spelling", "repeating", "docstrings")
@@ -325,7 +326,7 @@ if LOOK:
 
 
 # %%
-ANSWERED_AT_ONCE, ANSWER_AT_MOST = 100, 64
+ANSWERED_AT_ONCE, ANSWER_AT_MOST = 150, 56
 
 
 def make_stepper(config, model, mesh):

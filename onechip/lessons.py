@@ -166,7 +166,7 @@ def repeating(words):
 
     def make(rng, number, held_out):
         items = []
-        for i in range(rng.randint(3, 8)):
+        for i in range(rng.randint(2, 6)):
             n = draw_number(rng, held_out, rng.choice((3, 4)) if held_out else rng.choice((1, 2, 3, 3, 4, 4)))
             items.append(f'"{draw_word(words, rng, number + i, held_out)}"' if rng.random() < 0.4 else str(n))
         said = " ".join(f"{item} {rng.choice('+-*/')}" if rng.random() < 0.2 else item for item in items)

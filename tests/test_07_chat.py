@@ -238,7 +238,7 @@ BREAKS = {
 def test_a_broken_mask_costs_answers(tokenizer, tmp_path):
     """The same model, data and steps: with the mask nearly all held-out questions are answered; with one that is lost,
     shifted by a token or turned round the loss of the answers is higher, and fewer are right."""
-    config = tiny(seq_len=96, num_iterations=60, eval_every=0, save_every=0, eval_tokens=960, learning_rate=2e-2)
+    config = tiny(seq_len=96, num_iterations=90, eval_every=0, save_every=0, eval_tokens=960, learning_rate=2e-2)
     make = lambda seed: lambda number: toy_messages(seed, number, most=16)
     task = toy_task(config, tokenizer, TalkSource("long", make(1), make(2)))
 
