@@ -225,7 +225,7 @@ from onechip.rows import Embeddings, lookup
 from onechip.runfolder import TOKENIZER, RunFolder
 from onechip.scoring import make_scorer
 from onechip.session import Session
-from onechip.settings import Run, check_fields, choose, peek, setting
+from onechip.settings import Run, check_fields, choose, name_run, peek, setting, settle
 from onechip.stages import stages_of
 from onechip.weights import (
     Weight,
@@ -285,6 +285,7 @@ class TrainConfig:
     beta1: float = setting(0.9, "AdamW: decay of the first moment", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW: decay of the second moment", at_least=0, below=1)
     eps: float = setting(1e-8, "AdamW: added to the root of the second moment", above=0)
+    steps_before: int = setting(0, "steps of the run whose moments this one begins with", fixed=True, at_least=0)
     grad_clip: float = setting(1.0, "largest global norm of the gradient; 0 for no clipping", at_least=0)
     warmup_ratio: float = setting(0.02, "share of the steps in which the learning rate rises", at_least=0, at_most=1)
     warmup_steps: int = setting(0, "steps in which it rises; 0: by warmup_ratio", at_least=0)
@@ -890,7 +891,7 @@ def adamw_init(config, weights, params):
 def adamw_update(config, weights, params, state, grads, step, spread=UNSHARED):
     """(parameters, moments) after 0-based step `step`; decoupled weight decay, on all but scalars."""
     rate = learning_rate_at(config, step)
-    b1, b2, t = config.beta1, config.beta2, step + 1.0
+    b1, b2, t = config.beta1, config.beta2, config.steps_before + step + 1.0
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state["mu"], grads)
     nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g * g, state["nu"], grads)
 
@@ -1387,9 +1388,10 @@ def make_steps(config, mesh, model, optimizer, task):
     return lambda state, batch: steps[batch[task.arrays[0]].shape](state, batch)
 
 
-def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sample=None, **session):
+def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sample=None, start=None, **session):
     """Trains from the newest checkpoint in `run_dir`, or from the seed, to config.num_iterations; returns a Result.
 
+    start(the state as jax.ShapeDtypeStructs) -> the state of step 0 on their devices, in place of the seed's.
     sample(params) -> [(prompt, continuation)]; session: Session's keywords, such as on_log(row), which gets every row
     of metrics.jsonl as a dict, mirror, a Mirror that keeps checkpoints elsewhere, and notes, JSON such as a wandb
     run's id, which travel in them. KeyboardInterrupt and SIGTERM save what was reached and return it. UserError: bad
@@ -1403,7 +1405,8 @@ def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sampl
     write_samples = lambda params: sample(cast(params)) if sample else []
     origin = {"model": model.name, "optimizer": optimizer.name, **task.origin, **describe_machine(mesh)}
     with Session(run_dir, config, origin, metric=task.metric, **session) as run:
-        state = run.restore(state_shapes(config, mesh, model, optimizer)) or init_state(config, mesh, model, optimizer)
+        shapes = state_shapes(config, mesh, model, optimizer)
+        state = run.restore(shapes) or (start(shapes) if start else init_state(config, mesh, model, optimizer))
         place = functools.partial(spread, sharding=sharding_of(mesh, "B"))
         work, stages = workload(mesh, model, optimizer), [c for _, c in stages_of(config)]
         paces = {(c.total_batch_size, c.seq_len): fit.peak_rate(work, c) for c in stages}
@@ -1622,21 +1625,36 @@ def choose_parts(model, overrides="", run_class=Run, optimizer=ADAMW):
     return run, config, optimizer
 
 
-def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW):
-    """Fetches what a Run needs, its corpus and tokenizer, and trains; returns (Result, tokenizer, mirror)."""
+def prepare_pretraining(run, config, folder, model):
+    """(tokenizer, what `train` is handed besides: task and sample) of a Run with its RunFolder."""
+    corpus = tok.get_corpus(run.data, run.num_shards, find_data(folder))
+    kept = find_tokenizer(folder)  # a run keeps the one it began with: its ids are what the model has learned
+    tokenizer = tok.load_tokenizer(kept) if kept else tok.get_tokenizer(corpus, config.vocab_size)
+    task = pretraining(config, corpus, tokenizer)
+    sample = make_sample_writer(config, tokenizer, PROMPTS.get(corpus.name, PROMPTS["default"]), model)
+    return tokenizer, {"task": task, "sample": sample}
+
+
+def train_run(run, config, hub_token=None, model=GPT, optimizer=ADAMW, prepare_task=prepare_pretraining):
+    """Fetches what a Run needs, as `prepare_task` does, and trains; returns (Result, tokenizer, mirror)."""
     mirror, folder = open_mirror(run, hub_token) if is_first() else None, RunFolder(Path(run.out) / run.name)
     accept = [name for name, given in (("data", run.other_data), ("owner", run.take_over)) if given]
     session = {"mirror": mirror, "accept": accept, "hours": run.session_hours}
     with RunLock(folder.lock, run.take_over) as lock:
         bring_back(folder, mirror)
-        corpus = tok.get_corpus(run.data, run.num_shards, find_data(folder))
-        kept = find_tokenizer(folder)  # a run keeps the one it began with: its ids are what the model has learned
-        tokenizer = tok.load_tokenizer(kept) if kept else tok.get_tokenizer(corpus, config.vocab_size)
-        task = pretraining(config, corpus, tokenizer)
-        sample = make_sample_writer(config, tokenizer, PROMPTS.get(corpus.name, PROMPTS["default"]), model)
-        parts = {"model": model, "optimizer": optimizer, "sample": sample, "mesh": make_mesh(shape=run.mesh)}
-        result = train(config, task, folder.path, **parts, lock=lock, **session)
+        tokenizer, more = prepare_task(run, config, folder, model)
+        parts = {"model": model, "optimizer": optimizer, "mesh": make_mesh(shape=run.mesh), **more}
+        result = train(config, run_dir=folder.path, **parts, lock=lock, **session)
     return result, tokenizer, mirror
+
+
+def train_first(out, model=GPT, optimizer=ADAMW):
+    """Trains a model of the laptop preset, as its own notebook does, for who needs one; returns the run's folder."""
+    say(f"model: no run in {out} yet, so the laptop preset of {model.name} is trained first")
+    config_class, presets = config_with(model.config, optimizer.settings), presets_of(model, optimizer)
+    run, config = settle(Run(preset="laptop", data="offline", out=out), config_class, presets, {})
+    run = dataclasses.replace(run, name=name_run(run, config))
+    return str(train_run(run, config, model=model, optimizer=optimizer)[0].run_dir)
 
 
 # %%
@@ -1724,15 +1742,15 @@ print(prompt + text)
 """
 
 
-def export_model(result, tokenizer, source="", notes=PLAIN_WEIGHTS, **style):
+def export_model(result, tokenizer, source="", notes=PLAIN_WEIGHTS, chat=False, loading=LOADING, **style):
     """Leaves in run_dir/model all that a stranger needs: weights, config, tokenizer, curve, card; returns the folder.
 
-    source: the Hub repository that it will be uploaded to, for the card; the folder itself if there is none. style: of
-    write_card.
+    source: the Hub repository that it will be uploaded to, for the card; the folder itself if there is none. chat:
+    whether the tokenizer goes with the template of conversations. loading, style: of write_card.
     """
     folder = export_weights(result)
-    tok.export_tokenizer(tokenizer, folder)
-    write_card(folder, result, LOADING, source=source, repository=REPOSITORY, notes=notes, **style)
+    tok.export_tokenizer(tokenizer, folder, chat)
+    write_card(folder, result, loading, source=source, repository=REPOSITORY, notes=notes, **style)
     return folder
 
 

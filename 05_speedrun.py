@@ -671,7 +671,7 @@ def adam_step(config, group, p, m, v, g, rate, step):
     """(p, m, v) after 0-based step `step` of AdamW with a group's betas and decay."""
     m = group.beta1 * m + (1 - group.beta1) * g
     v = group.beta2 * v + (1 - group.beta2) * g * g
-    t = step + 1.0
+    t = config.steps_before + step + 1.0
     direction = (m / (1 - group.beta1**t)) / (jnp.sqrt(v / (1 - group.beta2**t)) + config.eps)
     return p - rate * (direction + group.decay * p), m, v
 

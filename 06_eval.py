@@ -175,8 +175,8 @@ from onechip.machine import read_secret
 from onechip.made_tasks import make_tasks
 from onechip.plots import show_picture
 from onechip.questions import EvalTask
-from onechip.runfolder import ABOUT, RunFolder, find_checkpoints
-from onechip.settings import Run, check_fields, name_run, parse_settings, pick_preset, setting, settle
+from onechip.runfolder import ABOUT, RunFolder, find_checkpoints, newest_run
+from onechip.settings import Run, check_fields, parse_settings, pick_preset, setting
 from onechip.stages import count_tokens
 from onechip.texts import bits_per_byte, first_documents
 
@@ -288,21 +288,6 @@ class Asked(NamedTuple):
     step: int = 0
     data: dict = {}
     facts: dict = {}
-
-
-def newest_run(out):
-    """The folder of the run whose checkpoint is the newest in `out`; None if no run has one."""
-    found = [(max(p.stat().st_mtime for p in steps.values()), run) for run in Path(out).glob("*")
-             if (steps := find_checkpoints(RunFolder(run).checkpoints))]  # fmt: skip
-    return str(max(found)[1]) if found else None
-
-
-def train_first(out):
-    """Trains 02's laptop model, as `uv run 02_train.py --preset laptop` does; returns its folder."""
-    say(f"model: no run in {out} yet, so 02's laptop model is trained first")
-    run, config = settle(Run(preset="laptop", data="offline", out=out), train.Config, train.PRESETS, {})
-    run = dataclasses.replace(run, name=name_run(run, config))
-    return str(train.train_run(run, config)[0].run_dir)
 
 
 def is_others(source):
@@ -462,7 +447,7 @@ OVERRIDES = ""  # @param ["", "--tasks core --examples 500", "--model gpt2 --tas
 if __name__ == "__main__":
     prepare()
     settings = Settings(**parse_settings(Settings, overrides=OVERRIDES)[0])
-    source = settings.model or newest_run(settings.out) or train_first(settings.out)
+    source = settings.model or newest_run(settings.out) or train.train_first(settings.out)
     subject = open_subject(source, settings.out)
     say(f"model: {subject.name}, after {subject.step:,} steps" if subject.step else f"model: {subject.name}")
     corpus = corpus_of(subject, settings.data)

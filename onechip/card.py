@@ -78,13 +78,15 @@ def model_card(
     library="jax",
     dtype="float32",
     style="nanochat",
+    purpose="",
 ):
     """README.md of a model's repository: what it is, how good it is, what it was trained on, how to load it.
 
     about: the run's config.json as a dict; parameters: their number; loading: lines of Python that sample from the
     model and run unchanged in a clone of the code's repository; dataset: the Hub's name of the training data, if it has
     one; notes: what else to know for loading it; library: the Hub's name of the library that `loading` uses; dtype: of
-    the weights in this repository; style: whose architecture it follows.
+    the weights in this repository; style: whose architecture it follows; purpose: what it was trained for, if that is
+    not to continue a text.
     """
     config, commit = about["config"], about["commit"] or "unknown"
     batch = config["total_batch_size"] * config["seq_len"]
@@ -106,6 +108,7 @@ def model_card(
         notes=notes,
         library=library,
         style=style,
+        purpose=purpose or CONTINUES,
         tag=style.lower(),
         picture=PICTURE if RunFolder(result.run_dir).picture.exists() else "",
         samples=samples or "none were taken",
@@ -113,6 +116,9 @@ def model_card(
     )
 
 
+CONTINUES = """\
+pretrained from scratch by onechip. It continues a text. It has not been trained to
+answer questions or to follow instructions, and what it writes may be wrong or offensive."""
 EVALUATION, AFTER = "## How good it is\n", "## Load it and sample\n"
 
 
@@ -138,8 +144,7 @@ tags:
 {datasets}---
 # {name}
 
-A GPT in the style of {style}, pretrained from scratch by onechip. It continues a text. It has not been trained to
-answer questions or to follow instructions, and what it writes may be wrong or offensive.
+A GPT in the style of {style}, {purpose}
 
 | | |
 |---|---|

@@ -139,6 +139,31 @@ def render_prompt(tokens, messages, max_tokens=MAX_TOKENS):
     return [*ids, tokens.assistant_start]
 
 
+def assistant_parts(tokens, ids, decode):
+    """The parts of an assistant's message from the ids after <|assistant_start|>, up to <|assistant_end|> if it came.
+
+    The inverse of assistant_pieces, for whatever a model has written: what is cut off or not closed is a part as well,
+    and special tokens that have no place there are left out. decode(ids) -> text.
+    """
+    kinds = {tokens.python_start: "python", tokens.output_start: "python_output"}
+    ends, parts, kind, run = (tokens.python_end, tokens.output_end), [], "text", []
+
+    def close():
+        if run or kind != "text":
+            parts.append({"type": kind, "text": decode(run)})
+
+    for i in ids:
+        if i in (tokens.assistant_end, tokens.bos):
+            break
+        if i in kinds or i in ends:
+            close()
+            kind, run = kinds.get(i, "text"), []
+        elif i not in tokens[:-1]:
+            run.append(i)
+    close()
+    return parts
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The same as a chat template, for transformers and whoever reads its files
 

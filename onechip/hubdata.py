@@ -80,14 +80,35 @@ def find_revision(table):
     return revision
 
 
-def load_rows(table, limit=0, seed=SEED):
-    """The rows of a Table as dicts, the first `limit` if that is not 0, in the order of NumPy's seeded permutation.
+class TableRows(NamedTuple):
+    """The rows of a table in a seeded order, each made a dict when it is asked for. revision: the commit of its export.
 
-    That is the order of `datasets.Dataset.shuffle(seed)`. Returns (rows, how many the table has, its commit). UserError
-    if it cannot be had.
+    The order is NumPy's permutation of that seed, which is that of `datasets.Dataset.shuffle(seed)`.
     """
+
+    whole: pa.Table
+    order: np.ndarray
+    revision: str
+
+    @property
+    def size(self):
+        return len(self.whole)
+
+    def row(self, i):
+        """Row i as a dict, the first one again after the last."""
+        return self.whole.slice(int(self.order[i % len(self.order)]), 1).to_pylist()[0]
+
+
+def open_rows(table, seed=SEED):
+    """The TableRows of a Table; UserError if it cannot be had, or is empty."""
     revision = find_revision(table)
     whole = pa.concat_tables(open_parquet(path, table.columns) for path in table_files(table, revision))
-    order = np.random.default_rng(seed).permutation(len(whole))
-    chosen = whole.take(pa.array(order[:limit] if limit else order))
-    return chosen.to_pylist(), len(whole), revision
+    require(len(whole), "table", table.repo, f"has no rows in {table.subset}/{table.split}")
+    return TableRows(whole, np.random.default_rng(seed).permutation(len(whole)), revision)
+
+
+def load_rows(table, limit=0, seed=SEED):
+    """(rows as dicts, how many the table has, its commit): the first `limit` of open_rows, all if that is 0."""
+    rows = open_rows(table, seed)
+    chosen = rows.whole.take(pa.array(rows.order[:limit] if limit else rows.order))
+    return chosen.to_pylist(), rows.size, rows.revision

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from onechip.errors import require
-from onechip.files import atomic_write, read_json, write_json
+from onechip.files import atomic_write, read_json, read_json_or_none, write_json
 
 CONFIG = "config.json"  # in a run: settings and origin; in a checkpoint: the settings alone
 METRICS = "metrics.jsonl"
@@ -33,6 +33,19 @@ def find_checkpoints(folder):
         if re.fullmatch("[0-9]{8,}", digits) and path.name == checkpoint_name(int(digits)) and path.is_dir():
             found[int(digits)] = path
     return dict(sorted(found.items()))
+
+
+def newest_run(out, wanted=lambda about: True):
+    """The folder, as text, of the run whose checkpoint is the newest in the folder `out`; None if no run has one.
+
+    wanted(its config.json as a dict) -> whether it is one of those to choose from.
+    """
+    found = []
+    for run in map(RunFolder, Path(out).glob("*")):
+        steps = find_checkpoints(run.checkpoints)
+        if steps and wanted(read_json_or_none(run.config) or {}):
+            found.append((max(path.stat().st_mtime for path in steps.values()), str(run.path)))
+    return max(found)[1] if found else None
 
 
 class RunFolder:

@@ -13,9 +13,10 @@ from onechip.hosts import spread
 def make_scorer(losses, split, rows, x, y, token_bytes):
     """A function of params -> {"val_loss": nats per token, "val_bpb": bits per byte} on the rows x, y (R, T) int32.
 
-    losses(params, x, y) -> nats of every token, float32 (rows, T); split: a NamedSharding that splits rows over the
-    mesh; rows: sequences at a time, over all devices; token_bytes (V,): bytes of each token, 0 for the special ones,
-    whose loss bits per byte leave out (as in nanochat). Rows that fill the last batch up count nothing.
+    A target of -1 counts nothing, and so do rows that fill the last batch up. losses(params, x, y) -> nats of every
+    token, float32 (rows, T); split: a NamedSharding that splits rows over the mesh; rows: sequences at a time, over all
+    devices; token_bytes (V,): bytes of each token, 0 for the special ones, whose loss bits per byte leave out (as in
+    nanochat).
     """
     axis = split.spec[0]
 
@@ -35,6 +36,6 @@ def make_scorer(losses, split, rows, x, y, token_bytes):
         parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
         totals = [step(params, *spread((fill(x[part], 0), fill(y[part], -1)), split)) for part in parts]
         nats, counted, size = np.sum(jax.device_get(totals), axis=0, dtype=np.float64)
-        return {"val_loss": nats / y.size, "val_bpb": counted / math.log(2) / size}
+        return {"val_loss": nats / np.sum(y >= 0), "val_bpb": counted / math.log(2) / size}
 
     return score

@@ -244,13 +244,16 @@ OTHER_SHARDS = {"fineweb10b": (100e6, 103)}  # the same two of shards of tokens
 PACKED = 0.6  # of them at least are left by best-fit packing: nanochat measured 65.4 % at 2,048 tokens a row
 
 
-def choose(config_class, presets, overrides="", run_class=Run):
-    """(Run, config) with nothing left open: a preset by the device, then what the user set. Prints what and why."""
+def choose(config_class, presets, overrides="", run_class=Run, name=name_run):
+    """(Run, config) with nothing left open: a preset by the device, then what the user set. Prints what and why.
+
+    name(run, config) -> the name of a Run that has none.
+    """
     run, fields = parse_settings(run_class, config_class, overrides=overrides)
     run = run_class(**run)
     join_hosts(run)  # before a device is used
     run, config = settle(run, config_class, presets, fields)
-    run = dataclasses.replace(run, name=run.name or name_run(run, config))
+    run = dataclasses.replace(run, name=run.name or name(run, config))
     check_hosts(run, config)
     batch, tokens = f"{config.total_batch_size} x {config.seq_len}", count_tokens(config) / 1e6
     say(f"run: {run.out}/{run.name}: {config.num_iterations:,} steps of {batch} tokens, {tokens:,.1f}M in all")

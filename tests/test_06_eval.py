@@ -19,6 +19,7 @@ from onechip import core, verdicts
 from onechip.errors import UserError
 from onechip.evalfile import load_evaluation
 from onechip.questions import Text
+from onechip.runfolder import newest_run
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -46,7 +47,8 @@ def runs(corpus, tokenizer, tmp_path_factory):
 
 def test_the_newest_run_is_asked(runs, tmp_path):
     """The one whose checkpoint is the newest; None where no folder has one."""
-    assert ev.newest_run(runs) == str(runs / "second") and ev.newest_run(tmp_path) is None
+    assert newest_run(runs) == str(runs / "second") and newest_run(tmp_path) is None
+    assert newest_run(runs, lambda about: about["config"]["num_iterations"] == 4) == str(runs / "first")
 
 
 def test_a_run_is_opened_with_its_own_tokenizer_and_step(runs, tokenizer):
@@ -149,8 +151,8 @@ def test_where_there_is_no_run_one_is_trained_first(tmp_path, monkeypatch, capsy
     small = dict(zip(TINY["02_train"].split()[::2], TINY["02_train"].split()[1::2], strict=True))
     fields = {name[2:]: int(value) for name, value in small.items()}
     monkeypatch.setattr(train, "PRESETS", {"laptop": train.PRESETS["laptop"] | fields})
-    folder = ev.train_first(str(tmp_path))
-    assert "no run in" in capsys.readouterr().out and ev.newest_run(tmp_path) == folder
+    folder = train.train_first(str(tmp_path))
+    assert "no run in" in capsys.readouterr().out and newest_run(tmp_path) == folder
     subject = ev.open_subject(folder, str(tmp_path))
     assert subject.data["name"] == "stdlib" and ev.corpus_of(subject, "").name == "stdlib"
 

@@ -6,7 +6,15 @@ import random
 
 import pytest
 
-from onechip.conversations import BOUNDARY, CHAT_SETTINGS, ChatTokens, chat_tokens, render_conversation, render_prompt
+from onechip.conversations import (
+    BOUNDARY,
+    CHAT_SETTINGS,
+    ChatTokens,
+    assistant_parts,
+    chat_tokens,
+    render_conversation,
+    render_prompt,
+)
 from onechip.errors import UserError
 
 tok = importlib.import_module("01_tokenizer")
@@ -254,3 +262,21 @@ def test_an_export_for_chats_can_be_opened_again(tokenizer, theirs, tmp_path):
     assert theirs.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
     tok.export_tokenizer(tokenizer, tmp_path)
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+
+
+def test_an_answer_is_parsed_as_it_was_written(tokens, tokenizer):
+    """Parts that are rendered come back, neighbours of one kind apart; what is cut off or out of place is no error."""
+    decode = tokenizer.decode
+    rng = random.Random(3)
+    for _ in range(300):
+        kinds = rng.choices(["text", "python", "python_output"], k=rng.randrange(5))
+        told = [{"type": kind, "text": draw_text(rng)} for kind in kinds]
+        told = [p for p in told if p["text"] or p["type"] != "text"]
+        told = [p for i, p in enumerate(told) if i == 0 or not p["type"] == told[i - 1]["type"] == "text"]
+        ids, _ = render_conversation(tokens, [user("a"), {"role": "assistant", "content": told}], None)
+        answer = ids[ids.index(tokens.assistant_start) + 1 :]
+        assert assistant_parts(tokens, [*answer, tokens.user_start, *tokens.encode("more")], decode) == told
+    word = tokens.encode("water")
+    odd = [tokens.python_end, *word, tokens.output_end, tokens.user_end, tokens.python_start, *word]
+    assert assistant_parts(tokens, odd, decode) == parts([("text", "water"), ("python", "water")])
+    assert assistant_parts(tokens, [], decode) == []

@@ -24,12 +24,13 @@ TINY = {
     "--num_iterations 5 --eval_every 2",
     "04_maxtext": _MODEL + "--eval_every 2 --n_embd 48 --n_layer 2 --mlp_dim 80 --tile 16",
     "06_eval": "--examples 20 --text_bytes 4000",
+    "07_chat": "--num_iterations 5 --eval_every 0 --eval_tokens 256 --device_batch_size 2 --questions 4",
 }
 
 
 def train_before(name, folder):
     """Leaves a run of 02 in `folder` for a notebook that opens the newest one."""
-    if name == "06_eval":
+    if name in ("06_eval", "07_chat"):
         command = [sys.executable, str(ROOT / "02_train.py"), *TINY["02_train"].split()]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
