@@ -21,12 +21,13 @@
 # # Talk to it
 #
 # A model that 02, 04 or 05 trained continues a text. Here it learns to answer: a second, short training on
-# conversations, in which only the answers count, and a calculator that it calls by writing to it.
+# conversations, in which only the answers count, and a calculator that it calls by writing to it. Not finished yet: how
+# well a laptop's model learns it has not been measured, and talking to it is to come.
 #
 # | where | what | time | memory |
 # |---|---|---|---|
-# | laptop, two cores, no network | the newest run in `runs/`, on conversations made by rule | 5 minutes | under 2 GB |
-# | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | 930 steps of 2^19 tokens | under 31.25 GiB |
+# | laptop, no network | the newest run in `runs/`, on conversations made by rule | 500 steps, not timed yet | not measured yet |
+# | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | about 930 steps of 2^19 tokens, not timed yet | what preflight says |
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
