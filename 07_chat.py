@@ -24,10 +24,10 @@
 # conversations, in which only the answers count, and a calculator that it calls by writing to it. Not finished yet: how
 # well a laptop's model learns it has not been measured, and talking to it is to come.
 #
-# | where | what | time | memory |
-# |---|---|---|---|
-# | laptop, no network | the newest run in `runs/`, on conversations made by rule | 500 steps, not timed yet | not measured yet |
-# | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | about 930 steps of 2^19 tokens, not timed yet | what preflight says |
+# | where | what | steps; times are not measured yet |
+# |---|---|---|
+# | laptop, no network | the newest run in `runs/`, on conversations made by rule | 500 |
+# | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | about 930, of 2^19 tokens |
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
