@@ -646,7 +646,7 @@ OTHER = {
     "n_head": 4, "n_kv_head": 2, "head_dim": 16, "aspect_ratio": 4, "vocab_size": 301, "seq_len": 12,
     "window_pattern": "L", "softcap": 20.0, "rope_base": 5000.0, "total_batch_size": 4, "param_seed": 1,
     "packing": "best-fit",
-    "stages": "3:4x8",
+    "stages": "3:4x8", "steps_before": 7,
 }  # fmt: skip
 SAFE = {
     "num_iterations": 24, "learning_rate": 0.02, "eval_every": 5, "device_batch_size": 3, "weight_decay": 0.2,

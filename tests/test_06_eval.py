@@ -150,7 +150,7 @@ def test_where_there_is_no_run_one_is_trained_first(tmp_path, monkeypatch, capsy
     """In an empty folder 02's model of the laptop preset is trained, and is the same run as `uv run 02_train.py`."""
     small = dict(zip(TINY["02_train"].split()[::2], TINY["02_train"].split()[1::2], strict=True))
     fields = {name[2:]: int(value) for name, value in small.items()}
-    monkeypatch.setattr(train, "PRESETS", {"laptop": train.PRESETS["laptop"] | fields})
+    monkeypatch.setitem(train.PRESETS, "laptop", train.PRESETS["laptop"] | fields)
     folder = train.train_first(str(tmp_path))
     assert "no run in" in capsys.readouterr().out and newest_run(tmp_path) == folder
     subject = ev.open_subject(folder, str(tmp_path))
