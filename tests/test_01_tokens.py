@@ -366,6 +366,7 @@ def test_held_out_rows_of_tokens(corpus, tokenizer):
         tok.load_held_out(tokenizer, corpus, 432, 24)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
 def test_a_run_on_tokens_resumes_to_the_last_bit(corpus, tokenizer, tmp_path):
     """A run that was interrupted and resumed ends as the one that was not; it samples up to <|endoftext|>."""

@@ -321,6 +321,7 @@ def test_interrupted_and_resumed_is_the_same_run(straight, corpus, tokenizer, tm
     assert result[1:6] == straight[0][1:6], "step, scores and samples are those of the straight run"
 
 
+@pytest.mark.slow
 def test_a_run_on_packed_rows_is_resumed_as_exactly(corpus, tokenizer, tmp_path):
     """Cut off twice, the waiting documents in the checkpoint; each score comes with the share that was dropped.
 
@@ -398,6 +399,7 @@ def write_as_before(run_dir):
     write_checkpoint(path, files)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_started_before_the_four_doors_resumes(straight, corpus, tokenizer, tmp_path, capsys):
     """Two files of moments, other names for score and notes, no name of a model: to the last bit, without a word."""
     with watched(tmp_path, 17, interrupt):

@@ -115,6 +115,7 @@ def test_a_run_has_one_owner(shards, tmp_path):
     assert result.step == 4 and not lock.exists()
 
 
+@pytest.mark.slow
 def test_what_the_hub_missed_goes_up_at_the_next_start(shards, tmp_path, monkeypatch):
     """A finished run whose uploads all failed is started again: its checkpoint and its tokenizer arrive whole."""
     with connected_hub(monkeypatch, users={"hf_loopback": "someone"}) as hub:

@@ -303,6 +303,7 @@ def test_an_exception_in_the_waiting_thread_ends_the_trial(corpus, tmp_path):
     assert count_leftovers() == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_resumes_to_the_same_scores(corpus, tmp_path):
     """An interrupted trial is saved, resumes there, and ends with the scores of one that was not interrupted."""
 
@@ -565,6 +566,7 @@ def put_trial(backend, name, state, scores, reason="", **values):
     backend.write(name, state, reason, rows)
 
 
+@pytest.mark.slow
 def test_hyperband_stops_a_trial_within_an_evaluation(corpus, tmp_path):
     """A trial far worse than three others at the second evaluation ends there, as stopped and not as failed."""
     backend = local_sweep(corpus, tmp_path / "sweep", run_cap=4)
@@ -577,6 +579,7 @@ def test_hyperband_stops_a_trial_within_an_evaluation(corpus, tmp_path):
     assert backend.claim() is None and not backend.waits()
 
 
+@pytest.mark.slow
 def test_many_failures_in_a_row_end_a_worker(corpus, tmp_path):
     """A fault in every trial, such as a full disk, ends the worker before it uses up the whole sweep."""
     backend = local_sweep(corpus, tmp_path / "sweep", run_cap=9)
@@ -588,6 +591,7 @@ def test_many_failures_in_a_row_end_a_worker(corpus, tmp_path):
     assert "eval_tokens" in backend.trials()[0]["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", ["create_whole", "write_json"])
 def test_a_folder_that_takes_nothing_any_more_ends_a_worker_in_a_line(corpus, tmp_path, monkeypatch, write):
     """It became read-only while a trial ran, or before one was claimed; what is there stays as it is."""

@@ -103,6 +103,7 @@ def loss_and_grads(batch):
     return jax.device_get(compiled_loss(SMALL)(random_params(SMALL), batch))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_float64_loss(batch, loss_and_grads):
     """Every array's gradient, in two random directions, is the central difference of the float64 loss to 1e-4."""
     (loss, grads), wide, rng, step = loss_and_grads, widen(random_params(SMALL)), np.random.default_rng(5), 1e-5
@@ -128,6 +129,7 @@ def test_the_gradient_is_that_of_the_other_attention(batch, loss_and_grads):
     assert distance(grads, loss_and_grads[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_kernels_take_windows_and_scale_as_they_are():
     """pallas on 256 tokens: 129 keys, scores times 1.44 / sqrt(128); loss and gradients are einsum's."""
     fields = dict(depth=2, n_embd=256, head_dim=128, n_kv_head=1, seq_len=256, backout=False)

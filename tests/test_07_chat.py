@@ -61,6 +61,7 @@ def reference_loss(config, params, batch):
     return (nats * batch["mask"]).sum() / batch["mask"].sum()
 
 
+@pytest.mark.slow
 def test_a_step_reports_the_loss_of_a_supervised_token(tokenizer):
     """Over the whole batch of three microbatches whose targets differ in number; the held-out loss as well."""
     task = toy_task(CONFIG, tokenizer)
@@ -91,6 +92,7 @@ def test_what_the_data_is_made_from_is_in_its_revision(tokenizer):
     assert len(revisions) == 3
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_last_bit(tokenizer, tmp_path):
     """Interrupted in the middle, between two checkpoints, a run ends as one that was not."""
     task = toy_task(CONFIG, tokenizer)
@@ -356,6 +358,7 @@ def test_rates_are_pretrainings_without_warmup(preset, model, optimizer):
         assert float(speedrun.momentum_at(config, 300)) == pytest.approx(0.95)
 
 
+@pytest.mark.slow
 def test_the_newest_run_that_is_no_chat_is_taken(base, tokenizer, tmp_path, capsys):
     """A second start finds the same base, and so the same name of the run: it resumes."""
     out = tmp_path / "runs"

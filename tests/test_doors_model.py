@@ -107,6 +107,7 @@ def test_a_warm_up_in_steps_wins_over_its_ratio_and_the_warm_down():
     assert [float(train.learning_rate_at(by_ratio, step)) for step in (0, 1, 5, 8)] == pytest.approx([2, 4, 4, 3.4])
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_to_the_last_bit(corpus, tokenizer, tmp_path):
     """It learns; interrupted in the middle, it ends with the same bits in every array of parameters and optimizer."""
 

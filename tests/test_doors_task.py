@@ -54,6 +54,7 @@ def score(config, model, mesh):
 TASK = train.Task(batches, train.cross_entropy, score, origin={"data": {"name": "digits", "revision": "1"}})
 
 
+@pytest.mark.slow
 def test_it_trains_on_the_answers_and_resumes_to_the_last_bit(tmp_path):
     """From log V to less than a guess among ten digits; interrupted in the middle it ends with the same bits."""
 
@@ -72,6 +73,7 @@ def test_it_trains_on_the_answers_and_resumes_to_the_last_bit(tmp_path):
     assert (tmp_path / "whole" / "loss.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_every_answer_counts_the_same_and_nothing_else_does():
     """A step of three microbatches with unequal masks is the gradient of the mean over all answers of the batch."""
     batch, _ = next(batches({"drawn": 3}))

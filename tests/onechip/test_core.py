@@ -234,6 +234,7 @@ def verdicts_of(made, logits, limit=0):
     }
 
 
+@pytest.mark.slow
 def test_a_whole_core_is_the_slow_scorers(bundle, made, logits, score):
     """All tasks of a bundle made by hand: every example's verdict, and CORE, are those of the float64 scorer."""
     want = verdicts_of(made, logits)

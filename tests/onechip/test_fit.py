@@ -219,6 +219,7 @@ def tiny_work():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow
 def test_a_config_too_large_is_refused_with_the_nearest_that_fits(monkeypatch, tiny_work):
     """One line: what it needs, what there is, and a divisor of the batch that was compiled and fits."""
     peaks = {

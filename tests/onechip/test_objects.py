@@ -452,6 +452,7 @@ def test_a_start_outlives_a_place_that_is_down(store, capsys):
     assert open_mirror(Run(name="x", mirror=URL), None) is not None and "checkpoints: in " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_credential_is_ever_printed(monkeypatch, tmp_path, capfd):
     """Even where the storage's answer repeats it: in a refusal, in its causes, and in the lines of a failing upload."""
     import traceback
