@@ -238,7 +238,7 @@ if LOOK:
 # the first download and compared ever after; what is cut, missing or malformed in it is named in a line.
 #
 # Without a network, tasks are made by rule from held-out documents of the offline corpus: which of four lines comes
-# next, which name an attribute has, what a pattern goes on with. Each has a level of guessing and a ceiling by
+# next, which name an attribute has, how a pattern continues. Each has a level of guessing and a ceiling by
 # construction.
 
 # %%
@@ -262,7 +262,7 @@ if LOOK:
 # %% [markdown]
 # ## Whom we ask
 #
-# Whoever is asked is five things: a name, a way to make tokens of text, the token that opens a text, the longest text
+# A subject is five things: a name, a way to make tokens of text, the token that opens a text, the longest text
 # it takes, and a scorer. A run of 02, 04 or 05 has them, and so has GPT-2, which is computed by JAX as well, or any
 # causal model that transformers opens.
 

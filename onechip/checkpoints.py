@@ -144,7 +144,7 @@ def write_checkpoint(path, files, take=fetch):
     if getattr(files, "hosts", ALONE).count > 1:
         return write_together(path, part, files, write, publish)
     shutil.rmtree(part, ignore_errors=True)
-    path.parent.mkdir(exist_ok=True)  # not the folders above: those of a disk that is away must not be made anew
+    path.parent.mkdir(exist_ok=True)  # not the folders above: those of a disk that is away must not be made again
     part.mkdir()
     try:
         publish(write(files))

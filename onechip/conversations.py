@@ -165,7 +165,7 @@ def assistant_parts(tokens, ids, decode):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The same as a chat template, for transformers and whoever reads its files
+# The same as a chat template, for transformers and what else reads its files
 
 # A template renders one string, in which the tokenizer then looks for special tokens. BOUNDARY keeps those that are
 # spelled out in a message from being found, and two texts in a row apart. The split pattern cuts between "<|" and a

@@ -39,7 +39,7 @@ def traceback_of(error):
 
 
 def run_program(code, say):
-    """Runs a program as Python's main module. say: is told in one word how it ended."""
+    """Runs a program as Python's main module. say: gets in one word how it ended."""
     write, leave = os.write, os._exit  # which a program may replace
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main

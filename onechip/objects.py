@@ -48,7 +48,7 @@ def load_client(url):
 
 def client_options(protocol):
     """What a protocol's client is made with; nothing secret: credentials are found by the client itself."""
-    # Whoever lists, lists what is there now; a client belongs to one place.
+    # A listing is of what is there now; a client belongs to one place.
     options = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol == "file":
         return options | {"auto_mkdir": True}
