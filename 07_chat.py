@@ -148,14 +148,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from onechip.answer import TextRequest
 from onechip.card import describe_result
 from onechip.chat_sets import HUB_SETS, SPELLING_SETS, hub_source, spelling_source
+from onechip.chatbox import chat_in_cell, serve_in_notebook
 from onechip.conversations import assistant_parts, chat_tokens, render_prompt
 from onechip.doors import Task, config_with
-from onechip.errors import require, say
+from onechip.engine import Engine
+from onechip.errors import in_notebook, require, say
 from onechip.export import config_of, find_model, find_model_files, names_of_files
 from onechip.files import hash_file
-from onechip.hosts import is_first
+from onechip.hosts import gathered, host_count, is_first, on_this_host
 from onechip.hub import upload_folder
 from onechip.lessons import (
     CALCULATOR,
@@ -168,13 +171,17 @@ from onechip.lessons import (
     split_words,
 )
 from onechip.machine import read_secret
+from onechip.mesh import build_mesh
 from onechip.mixture import Mixture, TalkSource, check_place, masked_batch, packed_conversations, parse_mixture
 from onechip.own_conversations import read_conversations
 from onechip.parts import array_files
 from onechip.questions import Outcome
 from onechip.runfolder import TOKENIZER, newest_run
-from onechip.settings import Run, choose, peek, setting
+from onechip.settings import Run, choose, parse_settings, peek, setting
 from onechip.spelling import read_words
+from onechip.talker import TalkSettings
+from onechip.talking import TOOLS, TalkDesk, check_talk, talk
+from onechip.tools import ToolRunner
 from onechip.verdicts import accuracy, standard_error
 from onechip.warmstart import count_steps_before, load_start
 
@@ -193,6 +200,21 @@ class ChatRun(Run):
     mixture: str = setting("", "sources and how many of each, 'smoltalk:460000 gsm8k:30000'; empty: by the data")
     conversations: str = setting("", "a JSONL file of your own, a conversation a line; its name in a mixture is own")
     questions: int = setting(300, "held-out questions of each kind, before and after", at_least=1)
+    talk: bool = setting(False, "talk to it in this terminal; fine-tunes only if there is no chat yet")
+    serve: bool = setting(False, "serve a page to chat on, and OpenAI's API; fine-tunes only if there is no chat yet")
+    address: str = setting("127.0.0.1", "where --serve listens; any other than loopback asks for a key")
+    port: int = setting(8000, "and its port; 0: any free one", at_least=0, at_most=65535)
+    key_file: str = setting("", "file with the key that clients must send; empty: ONECHIP_API_KEY, where it is set")
+    origins: str = setting("", "other websites' pages that may use it, http://localhost:3000, with blanks between")
+    names: str = setting("", "more names that it is reached by, chat.example.org, with blanks between")
+    tools: str = setting(
+        "calculator", "what its calls run in: none, calculator, or python in a sandbox", choices=tuple(TOOLS)
+    )
+    places: int = setting(8, "answers that are written at once", at_least=1)
+    temperature: float = setting(0.6, "how freely answers are chosen; 0: always the likeliest token", at_least=0)
+    top_k: int = setting(50, "of so many likeliest tokens; 0: of all", at_least=0)
+    int8: bool = setting(False, "weights in 8 bits: half the bytes a token")
+    draft: str = setting("", "speculative decoding: copy, or a smaller model's run; empty: none")
 
 
 # %% [markdown]
@@ -322,67 +344,39 @@ if LOOK:
 # %% [markdown]
 # ## Asking
 #
-# All questions are asked at once. A row is fed one token a step: of its question, then of what it has written. Where it
-# closes a call, the calculator's output is put in front of it as if it had been asked with it.
+# All questions are asked at once, by the engine (`onechip/engine.py`): it reads a prompt in one pass and writes one
+# token a step for each of 64 texts; one that has ended makes room for the next question. Where an answer closes a call,
+# the calculator's output is put behind it as if the model had written that too.
 
 
 # %%
-ANSWERED_AT_ONCE, ANSWER_AT_MOST = 150, 56
+ANSWERED_AT_ONCE, ANSWER_AT_MOST, LONGEST_QUESTION = 64, 56, 512
 
 
-def make_stepper(config, model, mesh):
-    """A jitted (params cast already, cache, tokens (B, 1)) -> (cache, likeliest next tokens (B,)), whole on a mesh."""
+def make_answering(config, model, tokenizer, mesh=None):
+    """A function of (params, [messages that end with the user's]) -> [parts of the answer], likeliest token by token.
 
-    def step(params, cache, tokens):
-        hidden, cache = train.backbone(config, model, params, tokens, cache)
-        return cache, train.pick_token(train.logits_of(config, params, hidden[:, 0]), None, 0.0, 0)
-
-    return jax.jit(step, donate_argnums=1, out_shardings=train.sharding_of(mesh, ""))
-
-
-def answer_batch(step, params, cache, tokens, decode, prompts, length):
-    """The ids that follow each prompt, up to <|assistant_end|> or `length` tokens in all; greedy, with the calculator.
-
-    step: of make_stepper; cache: an empty one of as many rows as prompts.
+    Each row has room for LONGEST_QUESTION tokens at most, ANSWER_AT_MOST of them the answer's. Between two calls
+    nothing of it is on the devices of `mesh` (default: all of this host) but its programs.
     """
-    rows, starts = [list(prompt) for prompt in prompts], list(map(len, prompts))
-    ends, done = (tokens.assistant_end, tokens.bos), [False] * len(rows)
-    for t in range(length - 1):
-        fed = [[row[min(t, len(row) - 1)]] for row in rows]
-        cache, likeliest = step(params, cache, np.array(fed, np.int32))
-        for i, token in enumerate(np.asarray(likeliest).tolist()):
-            if done[i] or t + 1 < len(rows[i]):  # what comes next is known already
-                continue
-            rows[i].append(token)
-            done[i] = token in ends
-            if token == tokens.python_end and tokens.python_start in rows[i][starts[i] :]:
-                begun = len(rows[i]) - rows[i][::-1].index(tokens.python_start)
-                result = calculate(decode(rows[i][begun:-1]))
-                rows[i] += [] if result is None else [tokens.output_start, *tokens.encode(result), tokens.output_end]
-        if all(done):
-            break
-    return [row[start:] for row, start in zip(rows, starts, strict=True)]
-
-
-def make_answering(config, model, tokenizer):
-    """A function of (params, [messages that end with the user's]) -> [parts of the answer]."""
-    tokens, mesh = chat_tokens(tokenizer), train.make_mesh()
-    step, cast = make_stepper(config, model, mesh), train.make_caster(config, model, mesh)
-    empty = functools.partial(train.empty_cache, config)
-    empty = jax.jit(empty, static_argnums=(0, 1), out_shardings=train.sharding_of(mesh, ""))
-    decode, room = (
-        functools.partial(tokenizer.decode, skip_special_tokens=False),
-        min(ANSWER_AT_MOST, config.seq_len // 2),
-    )
+    tokens, decode = chat_tokens(tokenizer), functools.partial(tokenizer.decode, skip_special_tokens=False)
+    mesh = mesh if mesh and host_count() == 1 else build_mesh(jax.local_devices())
+    length = min(config.seq_len, LONGEST_QUESTION)
+    room, rows = min(ANSWER_AT_MOST, length // 2), -(-ANSWERED_AT_ONCE // mesh.size) * mesh.size
+    tool, engines, ends = ToolRunner(tokens, decode, calculate), [], (tokens.assistant_end, tokens.bos)
+    asking = {"max_new_tokens": room, "stop": ends, "pause": tool.pause, "hook": tool.hook}
 
     def answer(params, conversations):
-        params, answers = cast(params), []
-        for at in range(0, len(conversations), ANSWERED_AT_ONCE):
-            chunk = conversations[at : at + ANSWERED_AT_ONCE]
-            prompts = [render_prompt(tokens, messages, config.seq_len - room) for messages in chunk]
-            length = min(config.seq_len, -(-max(map(len, prompts)) // 32) * 32 + room)
-            answers += answer_batch(step, params, empty(len(prompts), length), tokens, decode, prompts, length)
-        return [assistant_parts(tokens, ids, decode) for ids in answers]
+        params = on_this_host(gathered(params))
+        if engines:
+            engines[0].load(params)
+        else:
+            parts = train.attention_parts(config)
+            engines.append(Engine(config, params, model, parts, rows=rows, length=length, mesh=mesh))
+        prompts = (render_prompt(tokens, messages, length - room) for messages in conversations)
+        answers = engines[0].generate_all([TextRequest(tokens=ids, **asking) for ids in prompts])
+        engines[0].free()
+        return [assistant_parts(tokens, answer.tokens, decode) for answer in answers]
 
     return answer
 
@@ -434,7 +428,7 @@ def hold_out(config, sources, counts, tokens):
 
 def lesson_figures(lessons, tokenizer, config, model, mesh):
     """A function of params -> {"tasks/chat": mean accuracy, "tasks/<lesson>": accuracy}, for Task.ask."""
-    answer = make_answering(config, model, tokenizer)
+    answer = make_answering(config, model, tokenizer, mesh)
 
     def figures(params):
         outcomes = ask_lessons(answer, params, lessons, config.eval_core_examples or 300)
@@ -500,15 +494,15 @@ def tuned_fields(base, model, optimizer, preset, counts):
     return fields | (LAPTOP_TUNED | {"learning_rate": base.learning_rate} if preset == "laptop" else {})
 
 
-def is_no_chat(about):
-    """Whether a run's config.json is not that of a fine-tuning."""
-    return (about.get("data") or {}).get("name") != "conversations"
+def is_chat(about):
+    """Whether a config.json is that of a fine-tuned model."""
+    return (about.get("data") or {}).get("name") == "conversations"
 
 
 def choose_base(overrides):
     """(ModelFiles, Model, Optimizer, its Config) of the model to fine-tune, trained first if there is none."""
     out = peek("out", overrides) or Run().out
-    source = peek("model", overrides) or newest_run(out, is_no_chat)
+    source = peek("model", overrides) or newest_run(out, lambda about: not is_chat(about))
     source = source or train.train_first(out, train.model_named("nanochat"), train.optimizer_named("muon"))
     files = find_model_files(source)
     folder = Path(tok.__file__).parent
@@ -521,6 +515,15 @@ def choose_base(overrides):
     optimizer = train.optimizer_named(used)
     base = files.make_config(config_of(files.about, model, folder))
     return files, model, optimizer, base
+
+
+def find_chat(overrides):
+    """The ModelFiles of the chat that --talk and --serve open, --model or the newest; None if one is fine-tuned now."""
+    if not {peek("talk", overrides), peek("serve", overrides)} & {"true", "yes", "1"}:
+        return None
+    source = peek("model", overrides) or newest_run(peek("out", overrides) or Run().out, is_chat)
+    files = find_model_files(source) if source else None
+    return files if files and is_chat(files.about) else None
 
 
 def choose_chat(files, model, optimizer, base, overrides=""):
@@ -566,10 +569,13 @@ OVERRIDES = ""  # @param ["", "--data hub", "--num_iterations 200"] {allow-input
 
 if __name__ == "__main__":
     prepare()
+    ready = find_chat(OVERRIDES)
+if __name__ == "__main__" and not ready:
     files, model, optimizer, base = choose_base(OVERRIDES)
     run, config, counts, own = choose_chat(files, model, optimizer, base, OVERRIDES)
     say(f"model: {files.source}; mixture: {', '.join(f'{count:,} {name}' for name, count in counts.items())} an epoch")
     say(f"optimizer: {optimizer.name}, with the moments of {config.steps_before:,} steps")
+    check_talk(run)
     run = train.show_fit(config, run, model, optimizer=optimizer, batch=("x", "y", "mask"))
     tokenizer = tok.load_tokenizer(files.tokenizer)
     sources, commits, lessons = open_sources(counts, chat_tokens(tokenizer).encode, own)
@@ -585,7 +591,7 @@ def describe_accuracies(when, outcomes):
     return f"{when}: {', '.join(shares)} of {outcomes[0].total} questions each"
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not ready:
     answer = make_answering(config, model, tokenizer)
     lessons = list(lessons.values())
     before = ask_lessons(answer, files.load_params(config, model), lessons, run.questions)
@@ -593,7 +599,7 @@ if __name__ == "__main__":
         say(describe_accuracies("before", before))
 
 # %%
-if __name__ == "__main__":
+if __name__ == "__main__" and not ready:
     hub_token = read_secret("HF_TOKEN")
 
     def prepare_chat(run, config, folder, model):
@@ -613,7 +619,7 @@ if __name__ == "__main__":
 # The same questions again. None of these numbers and words has been in the training.
 
 # %%
-if __name__ == "__main__":
+if __name__ == "__main__" and not ready:
     if before:
         say(describe_accuracies("after", ask_lessons(answer, result.params, lessons, run.questions)))
     for question, text in result.samples:
@@ -637,9 +643,42 @@ print(chat.spell_parts(parts))
 PURPOSE = """fine-tuned by onechip on conversations. It answers questions, and calls a calculator by writing to it.
 What it writes may be wrong or offensive."""
 
-if __name__ == "__main__" and is_first():
+if __name__ == "__main__" and not ready and is_first():
     say(describe_result(result, config))
     folder = train.export_model(
         result, tokenizer, mirror.repo if mirror else "", chat=True, loading=CHAT_LOADING, purpose=PURPOSE
     )
     upload_folder(folder, names_of_files(folder), hub_token, run.hub_repo, f"onechip-{run.name}")
+
+# %% [markdown]
+# ## Talk
+#
+# Every way to talk to it is the same engine behind another door:
+#
+# - here: the cell at the end asks for a question below itself, and `--serve` shows the page through Colab's own proxy;
+# - `uv run 07_chat.py --talk` in a terminal: `/help` lists commands, Ctrl-C stops an answer;
+# - `uv run 07_chat.py --serve`: a page to chat on at http://127.0.0.1:8000, and OpenAI's API below `/v1`.
+#
+# It is a small model: it knows its lessons, and invents the rest. `--tools python` also runs what it writes as Python,
+# in a sandbox (docs/sandbox.md).
+
+# %%
+if __name__ == "__main__" and (ready or run.talk or run.serve or in_notebook()):
+    if ready:
+        run = ChatRun(**parse_settings(ChatRun, overrides=OVERRIDES)[0])
+        check_talk(run)
+        opened = train.open_model(ready.source)
+    else:
+        opened = train.Opened(config, result.params, tokenizer, model)
+    desk = TalkDesk(
+        Path(ready.source if ready else run.name).name, opened, train.attention_parts, run, train.open_model
+    )
+    say(f"talking to {desk.talker.name}: {desk.about}")
+    if in_notebook() and run.serve:
+        served = serve_in_notebook(desk.talker, run.port)
+    elif not in_notebook():
+        talk(desk, run)
+
+# %%
+if __name__ == "__main__" and in_notebook():
+    chat_in_cell(desk.talker, TalkSettings(run.temperature, run.top_k))

@@ -107,6 +107,12 @@ class Engine:
         """Takes other parameters of the same model; answers that are being written continue with them."""
         self.programs.load(params)
 
+    def free(self):
+        """Gives the device's memory back, all but the programs, until `load`. UserError while answers are written."""
+        written = len(self._waiting) + sum(answer is not None for answer in self._answers)
+        require(not written, "free", written, "answers are being written: let them end first")
+        self.programs.free()
+
     # ------------------------------------------------------------------------------------------------------------------
     # TextRequests
 

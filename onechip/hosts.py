@@ -150,3 +150,18 @@ def gathered(tree):
         return jax.jit(lambda a: a, out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
 
     return jax.tree.map(whole, tree)
+
+
+def on_this_host(tree):
+    """A pytree of arrays that are whole on all devices of all hosts, as arrays of this host's devices; no copies."""
+    if host_count() == 1:
+        return tree
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from onechip.mesh import build_mesh
+
+    here = NamedSharding(build_mesh(jax.local_devices()), PartitionSpec())
+    parts = lambda array: {shard.device: shard.data for shard in array.addressable_shards}
+    own = lambda array: [parts(array)[device] for device in here.mesh.devices.flat]
+    return jax.tree.map(lambda a: jax.make_array_from_single_device_arrays(a.shape, here, own(a)), tree)

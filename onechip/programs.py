@@ -30,7 +30,8 @@ class Programs:
         make = lambda config: jax.jit(
             functools.partial(empty_rings, config, rows, length), out_shardings=NamedSharding(mesh, self._split)
         )
-        self._rings = tuple(make(config)() for config, *_ in models)
+        self._make_rings = [make(config) for config, *_ in models]
+        self._rings = tuple(make() for make in self._make_rings)
         self._params = tuple(self._placed(d, m[1]) for d, m in zip(self._decoders, models, strict=True))
         self._programs = {}
 
@@ -42,6 +43,11 @@ class Programs:
     def load(self, params):
         """Other parameters of the (larger) model, in the place of those before."""
         self._params = (self._placed(self._decoders[0], params), *self._params[1:])
+        self._rings = self._rings or tuple(make() for make in self._make_rings)
+
+    def free(self):
+        """Gives the memory of the (larger) model's parameters and of all rings back, until `load`."""
+        self._params, self._rings = (None, *self._params[1:]), None
 
     @property
     def compiled(self):

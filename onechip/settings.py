@@ -153,6 +153,7 @@ def _make_parser(classes):
                 f"--{field.name}",
                 type=boolean if field.type is bool else field.type,
                 default=argparse.SUPPRESS,
+                **({"nargs": "?", "const": True} if field.type is bool else {}),
                 metavar=field.type.__name__.upper(),
                 help=describe_field(field).replace("%", "%%"),
             )
@@ -186,7 +187,7 @@ def parse_settings(*classes, overrides=""):
 def peek(name, overrides=""):
     """The text that a user set for one setting, before it is known which others there are; "" if none."""
     parser = _Parser(allow_abbrev=False, add_help=False)
-    parser.add_argument(f"--{name}", default="")
+    parser.add_argument(f"--{name}", default="", nargs="?", const="true")  # without a value: a bool, or refused later
     return getattr(parser.parse_known_args(words_of(overrides))[0], name)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import importlib
 import json
 import os
@@ -17,8 +18,10 @@ from conftest import ROOT
 from corpus import TINY, assert_same_end, newest, read_arrays, read_rows, tiny, train_tiny
 from execute import TINY as FLAGS
 from execute import train_before
+from letters import CONFIG as CONFIG_OF_LETTERS
+from letters import SCRIPTED, TOKENS, LetterTokenizer, script_of, script_params
 
-from onechip.conversations import chat_tokens, render_conversation, render_prompt
+from onechip.conversations import assistant_parts, chat_tokens, render_conversation, render_prompt
 from onechip.errors import UserError
 from onechip.export import find_model_files
 from onechip.mixture import Mixture, TalkSource
@@ -260,57 +263,40 @@ def test_a_broken_mask_costs_answers(tokenizer, tmp_path):
 # Asking
 
 
-def scripted(tokens, scripts):
-    """A step that writes scripts[i] in row i, whatever it is fed, and notes what that is."""
-    fed, written = [], [iter(script) for script in scripts]
-
-    def step(params, cache, given):
-        fed.append(np.asarray(given)[:, 0].tolist())
-        return cache, np.array([next(script, tokens.assistant_end) for script in written])
-
-    return step, fed
+def letters_of(parts):
+    return [(part["type"], part["text"]) for part in parts]
 
 
-def test_a_calls_output_is_put_in_front_of_the_model(tokenizer):
-    """Two rows of other lengths: each is fed its prompt, then what it writes; after a call the output comes first."""
-    tokens = chat_tokens(tokenizer)
-    prompts = [[tokens.bos, 20, tokens.assistant_start], [tokens.bos, 20, 21, 22, tokens.assistant_start]]
-    call = [tokens.python_start, *tokens.encode("7 * 6"), tokens.python_end]
-    output = [tokens.output_start, *tokens.encode("42"), tokens.output_end]
-    said = [*tokens.encode("yes"), tokens.assistant_end]
-    # What a row writes while its next token is known already is not taken: 2 and 4 of the prompts, and the output's.
-    scripts = [[9, 9, *call, *[9] * len(output), *said], [9, 9, 9, 9, *said]]
-    step, fed = scripted(tokens, scripts)
-    found = chat.answer_batch(step, None, None, tokens, tokenizer.decode, prompts, 90)
-    assert found == [[*call, *output, *said], said]
-    assert [row[0] for row in fed][: len(prompts[0] + call + output)] == prompts[0] + call + output
-    assert [row[1] for row in fed][:5] == prompts[1] and len(fed) < 60
-
-    refused = [tokens.python_start, *tokens.encode("import os"), tokens.python_end]
-    step, _ = scripted(tokens, [[9, 9, *refused, *said]])
-    assert chat.answer_batch(step, None, None, tokens, tokenizer.decode, prompts[:1], 90) == [[*refused, *said]]
-    step, _ = scripted(tokens, [[11] * 99])
-    assert chat.answer_batch(step, None, None, tokens, tokenizer.decode, prompts[:1], 30) == [[11] * 27]
+def test_calls_are_run_and_nothing_is_left_on_the_device():
+    """A model that follows a script calls the calculator, twice with other parameters; its memory is given back."""
+    say = script_of("it is ", TOKENS.python_start, "7*6", TOKENS.python_end, (4,), " ok", TOKENS.assistant_end, "never")
+    refused = script_of(TOKENS.python_start, "import os", TOKENS.python_end, "no", TOKENS.assistant_end)
+    asked = [{"role": "user", "content": "how many"}]
+    before = [TOKENS.bos] * (len(render_prompt(TOKENS, asked)) - 1)
+    answer = chat.make_answering(
+        CONFIG_OF_LETTERS, SCRIPTED, LetterTokenizer(), train.make_mesh(jax.local_devices()[:1])
+    )
+    found = answer(script_params(before + say), [asked] * 70)  # more than there are rows
+    assert len(found) == 70 and {str(parts) for parts in found} == {str(found[0])}
+    assert letters_of(found[0]) == [("text", "it is "), ("python", "7*6"), ("python_output", "42"), ("text", " ok")]
+    gc.collect()
+    held = sum(array.nbytes for array in jax.live_arrays())
+    assert letters_of(answer(script_params(before + refused), [asked])[0]) == [("python", "import os"), ("text", "no")]
+    gc.collect()
+    assert sum(array.nbytes for array in jax.live_arrays()) <= held
 
 
 def test_answers_are_those_of_generate(base, tokenizer):
-    """Greedy, prompts of other lengths in one batch: token for token what 02's generate writes for each alone."""
+    """Likeliest tokens, prompts of other lengths at once: token for token what 02's generate writes for each alone."""
     config, params, _, model = train.open_model(base)
     config = dataclasses.replace(config, seq_len=128)
-    tokens, decode = chat_tokens(tokenizer), tokenizer.decode
-    prompts = [render_prompt(tokens, [{"role": "user", "content": said}]) for said in ("the", "import self water", "")]
-    mesh = train.make_mesh(jax.local_devices()[:1])
-    cast = train.make_caster(config, model, mesh)(params)
-    step, cache = (
-        chat.make_stepper(config, model, mesh),
-        jax.jit(train.empty_cache, static_argnums=(1, 2))(config, 3, 60),
-    )
-    found = chat.answer_batch(step, cast, cache, tokens, decode, prompts, 60)
-    for prompt, ids in zip(prompts, found, strict=True):
-        alone = train.generate(config, params, prompt, 60 - len(prompt))
-        ends = [i for i, token in enumerate(alone) if token in (tokens.assistant_end, tokens.bos, tokens.python_end)]
-        until = ends[0] + 1 if ends else len(alone)
-        assert ids[:until] == alone[:until] and len(ids) >= min(until, 60 - len(prompt))
+    tokens, decode = chat_tokens(tokenizer), functools.partial(tokenizer.decode, skip_special_tokens=False)
+    asked = [[{"role": "user", "content": said}] for said in ("the", "import self water", "")]
+    found = chat.make_answering(config, model, tokenizer)(params, asked)
+    for messages, parts in zip(asked, found, strict=True):
+        alone = train.generate(config, params, render_prompt(tokens, messages), chat.ANSWER_AT_MOST)
+        assert tokens.python_end not in alone  # the calculator would have been asked
+        assert parts == assistant_parts(tokens, alone, decode)
 
 
 def test_an_answer_is_shown_with_its_calls():

@@ -7,7 +7,7 @@ import time
 import openai
 import pytest
 from configs import quick_compiler  # noqa: F401  (a fixture for every test)
-from test_tools import CONFIG, SCRIPTED, TOKENS, decode, script_of, script_params, train
+from letters import CONFIG, SCRIPTED, TOKENS, decode, script_of, script_params, train
 
 from onechip.calculator import calculate
 from onechip.conversations import render_prompt
