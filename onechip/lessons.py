@@ -108,15 +108,18 @@ SPELLINGS = ('Spell "{}".', 'How is "{}" spelled?', 'Spell the word "{}".', 'Whi
 
 
 class Words(NamedTuple):
-    """Words that are shown, and those that are asked about."""
+    """Words that are shown, made-up ones of the same tokens, which are shown too, and those that are asked about."""
 
     shown: tuple
+    made_up: tuple
     asked: tuple
 
 
 def draw_word(words, rng, number, held_out):
-    """One of the shown Words; of those that are asked about each comes once before any comes again."""
-    return words.asked[number % len(words.asked)] if held_out else rng.choice(words.shown)
+    """One of the shown Words, half of them made up; of those that are asked about each comes once before any again."""
+    if held_out:
+        return words.asked[number % len(words.asked)]
+    return rng.choice(words.made_up if words.made_up and rng.random() < 0.5 else words.shown)
 
 
 def split_words(words, encode, least=3):
@@ -137,7 +140,24 @@ def split_words(words, encode, least=3):
     asked = [word for word in ids if is_held_out(word) and all(often[token] > 1 for token in ids[word])]
     require(shown and asked, "words", len(ids), f"too few have tokens that {least} words share: give a longer list")
     random.Random(HELD_OUT).shuffle(asked)
-    return Words(tuple(shown), tuple(asked))
+    return Words(tuple(shown), make_up_words(shown, encode, often.keys()), tuple(asked))
+
+
+def make_up_words(words, encode, known, count=20_000):
+    """The beginning of one of the words and the end of another, cut between tokens: of at least two tokens, all known.
+
+    With a thousand words alone, a model learns their spellings by heart, and not those of their tokens.
+    """
+    parts = [(word[:at], word[at:]) for word in words for at in range(1, len(word))]
+    ids = {text: encode(text) for text in {*words, *(part for pair in parts for part in pair)}}
+    parts = [(a, b) for a, b in parts if ids[a] + ids[b] == ids[a + b]]
+    rng, made = random.Random(HELD_OUT), set()
+    for _ in range(count if parts else 0):
+        word = rng.choice(parts)[0] + rng.choice(parts)[1]
+        tokens = encode(word)
+        if len(tokens) > 1 and known >= set(tokens) and not is_held_out(word):
+            made.add(word)
+    return tuple(sorted(made - set(words)))
 
 
 def counting(words):
