@@ -373,7 +373,7 @@ def make_answering(config, model, tokenizer, mesh=None):
         else:
             parts = train.attention_parts(config)
             engines.append(Engine(config, params, model, parts, rows=rows, length=length, mesh=mesh))
-        prompts = (render_prompt(tokens, messages, length - room) for messages in conversations)
+        prompts = (render_prompt(tokens, messages, length - room - 1) for messages in conversations)
         answers = engines[0].generate_all([TextRequest(tokens=ids, **asking) for ids in prompts])
         engines[0].free()
         return [assistant_parts(tokens, answer.tokens, decode) for answer in answers]
@@ -475,7 +475,7 @@ TUNED = {
     "final_lr_frac": 0.0, "weight_decay": 0.0, "sample_every": 0, "eval_core_every": 0, "save_every": 0,
 }  # fmt: skip
 MUON_TUNED = {"momentum_start": 0.85, "momentum_warmup": 300, "beta1": 0.95, "momentum_end": 0.95}
-LAPTOP_TUNED = {"num_iterations": 500, "eval_every": 250, "eval_tokens": 1 << 14}
+LAPTOP_TUNED = {"num_iterations": 350, "eval_every": 175, "eval_tokens": 1 << 14}
 DEVICE_FIELDS = ("attn_impl", "dtype", "device_batch_size", "loss_slice")
 REFERENCE_BATCH = 2**19  # tokens of a batch at which Muon's rates are what they are called
 

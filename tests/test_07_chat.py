@@ -7,12 +7,15 @@ import importlib
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import openai
 import pytest
 from conftest import ROOT
 from corpus import TINY, assert_same_end, newest, read_arrays, read_rows, tiny, train_tiny
@@ -396,3 +399,22 @@ def test_the_command_fine_tunes_reports_and_exports(tmp_path):
     assert theirs.apply_chat_template(messages)["input_ids"] == render_conversation(chat_tokens(ours), messages)[0]
     again = run()
     assert again.returncode == 0 and "resuming" in again.stdout, again.stderr[-2000:]
+
+    # What has been fine-tuned is talked to, without a step of training.
+    words = [sys.executable, str(ROOT / "07_chat.py"), "--temperature", "0"]
+    name = os.path.basename(folder)
+    talk = {"input": "What is 3 + 4?\n/new\n", "timeout": 200, "cwd": tmp_path, "env": os.environ}
+    talked = subprocess.run([*words, "--talk"], capture_output=True, text=True, **talk)
+    assert talked.returncode == 0, talked.stderr[-2000:]
+    assert f"talking to {name}: 8 answers at once" in talked.stdout and "a new conversation" in talked.stdout
+    assert "step" not in talked.stdout and len(os.listdir(tmp_path / "runs")) == 2
+    with subprocess.Popen(
+        [*words, "--serve", "--port", "0"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as server:
+        found = next(match for line in server.stdout if (match := re.search(r"API: (http://127.0.0.1:\d+/v1)", line)))
+        client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=0, timeout=100)
+        question = [{"role": "user", "content": "What is 3 + 4?"}]
+        chunks = client.chat.completions.create(model=name, messages=question, max_tokens=5, stream=True)
+        assert list(chunks)[-1].choices[0].finish_reason in ("stop", "length")
+        server.send_signal(signal.SIGINT)
+        assert "server: ended" in server.stdout.read() and server.wait(60) == 0

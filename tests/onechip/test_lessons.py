@@ -22,7 +22,7 @@ from onechip.lessons import (
     split_words,
 )
 
-WORDS = Words(("alpha", "banana", "kayak"), ("papaya", "civic", "otter", "apple"))
+WORDS = Words(("alpha", "banana", "kayak"), ("alyak", "banpha"), ("papaya", "civic", "otter", "apple"))
 DOCS = docstrings([("load", "Loads it.")], [("save", "Saves it.")])
 LESSONS = (CALCULATOR, counting(WORDS), spelling(WORDS), repeating(WORDS), DOCS)
 
@@ -58,7 +58,7 @@ def test_words_are_asked_about_that_are_never_shown():
         for number, question in enumerate(asked):
             assert f'"{WORDS.asked[number % 4]}"' in question
         shown = {word for number in range(60) for word in re.findall('"([a-z]{2,})"', both(lesson, number)[0])}
-        assert shown == set(WORDS.shown)
+        assert shown == set(WORDS.shown + WORDS.made_up)
     for number in range(50):
         question, parts = both(counting(WORDS), number)
         letter, word = sorted(re.findall('"([a-z]+)"', question), key=len)
@@ -73,7 +73,9 @@ def test_what_is_repeated_is_what_was_said():
         for held_out in (False, True):
             question, (said,) = both(repeating(WORDS), number, held_out)
             assert question.partition(": ")[2] == said["text"]
-            assert set(re.findall('"(.*?)"', said["text"])) <= set(WORDS.asked if held_out else WORDS.shown)
+            assert set(re.findall('"(.*?)"', said["text"])) <= set(
+                WORDS.asked if held_out else WORDS.shown + WORDS.made_up
+            )
             assert all(is_held_out(int(n)) == held_out for n in re.findall("[0-9]+", said["text"]))
 
 
@@ -114,6 +116,11 @@ def test_words_are_split_by_a_hash_and_share_their_tokens():
     assert all(len(word) > 2 and not word.startswith("zu") for word in split.shown + split.asked)
     for word in split.asked:
         assert all(sum(token in encode(other) for other in split.shown) > 1 for token in encode(word))
+    made_up = set(split.made_up)
+    assert len(made_up) > 1000 and not made_up & set(words) and not any(map(is_held_out, made_up))
+    known = {token for word in split.shown for token in encode(word)}
+    assert all(len(encode(word)) > 1 and known >= set(encode(word)) for word in made_up)
+    assert split.made_up == split_words(words, encode).made_up  # the same on every machine
     share = sum(map(is_held_out, range(100, 9100))) / 9000
     assert abs(share - 1 / HELD_OUT) < 0.02 and not any(map(is_held_out, range(100)))
     with pytest.raises(UserError, match="words=0: too few"):
