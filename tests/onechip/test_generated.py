@@ -3,7 +3,7 @@
 import chat_data
 import pytest
 from configs import quick_compiler  # noqa: F401  (a fixture for every test)
-from test_tools import CONFIG, LETTERS, SCRIPTED, TOKENS, decode, script_of, script_params, train
+from letters import CONFIG, LETTERS, SCRIPTED, TOKENS, decode, script_of, script_params, train
 
 from onechip import generated
 from onechip.chat_tasks import ChatTask, conversation, grade_number, grade_program, gsm8k_item, humaneval_item
