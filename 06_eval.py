@@ -150,6 +150,7 @@ if LOOK:
 
 # %%
 import dataclasses
+import functools
 import importlib
 import re
 import time
@@ -162,14 +163,16 @@ import jax
 from onechip import core, evalreport, verdicts
 from onechip.bundle import open_bundle
 from onechip.card import add_evaluation, describe_data
-from onechip.chat_tasks import CHAT_CORE, ChatTask, ask_letters, choice_prompt, conversation, load_task
+from onechip.chat_tasks import CHAT_CORE, ChatTask, chat_core, choice_prompt, conversation
 from onechip.chips import CHIPS
 from onechip.contamination import example_text, find_contamination
 from onechip.conversations import chat_tokens
+from onechip.engine import Engine
 from onechip.errors import require, say
 from onechip.export import copy_into, find_model_files, names_of_files
 from onechip.files import read_json_or_none, write_text
 from onechip.foreign import SHORT_NAMES, open_foreign
+from onechip.generated import CHAT_LABELS, ask_chat, load_chat_tasks, make_writer, why_not
 from onechip.hub import upload_folder
 from onechip.machine import read_secret
 from onechip.made_tasks import make_tasks
@@ -191,9 +194,7 @@ class Settings:
     model: str = setting(
         "", "a run's folder, an export or a Hub repository; gpt2 or hf:NAME for others' models; empty: the newest run"
     )
-    tasks: str = setting(
-        "", "core, made, chat, or labels of the first two: copa,piqa; empty: as suits the model's data"
-    )
+    tasks: str = setting("", "core, made, chat, or labels of one of them: copa,piqa; empty: as suits the model's data")
     examples: int = setting(0, "examples a task, the first of a seeded shuffle; 0: all", at_least=0)
     bundle: str = setting("", "CORE's examples: a folder or a zip; empty: fetched once a machine")
     data: str = setting("", "what bits per byte are measured on, as 02's --data; empty: the model's own, or offline")
@@ -249,9 +250,15 @@ if LOOK:
 
 
 # %% [markdown]
-# A model that was fine-tuned on conversations is asked as one talks to it: ChatCORE's five tasks. ARC-Easy,
-# ARC-Challenge and MMLU are answered by a letter: `--tasks chat` takes the likeliest of those in the question, right
-# after `<|assistant_start|>`. GSM8K and HumanEval are answered by a text, which is graded; they wait for 07.
+# A model that was fine-tuned on conversations is asked as one talks to it: `--tasks chat`, ChatCORE's six tasks.
+#
+# - ARC-Easy, ARC-Challenge and MMLU are answered by a letter, the likeliest of those in the question, right after
+#   `<|assistant_start|>`.
+# - GSM8K, HumanEval and SpellingBee are answered by a text of at most 512 tokens, greedy, with the calculator at hand.
+#   What the model says itself is graded: by the number after `####`, or by running the program in the sandbox. Where
+#   this machine has no sandbox, HumanEval is left out, and the report says why.
+#
+# nanochat dropped SpellingBee in July 2026. The score here is the mean of all six; that of its five is given too.
 
 # %%
 if LOOK:
@@ -264,7 +271,8 @@ if LOOK:
 #
 # A subject is five things: a name, a way to make tokens of text, the token that opens a text, the longest text
 # it takes, and a scorer. A run of 02, 04 or 05 has them, and so has GPT-2, which is computed by JAX as well, or any
-# causal model that transformers opens.
+# causal model that transformers opens. One of ours can also answer in sentences: its engine is built when the first
+# answer is due.
 
 
 # %%
@@ -274,7 +282,7 @@ class Asked(NamedTuple):
     encode(texts) -> [ids], without the opening one, whose id is bos; context: tokens it was made for; score: as
     `onechip/core.py` calls it; cropped: whether longer prompts lose their beginning, as GPT-2's do; folder: where its
     report goes; tokenizer: of ours, for conversations; step: of its training; data: the name, revision and so on of
-    what it was trained on; facts: {what: figure} for its report.
+    what it was trained on; facts: {what: figure} for its report; write(prompts, max_tokens) -> [text]: its answers.
     """
 
     name: str
@@ -288,6 +296,7 @@ class Asked(NamedTuple):
     step: int = 0
     data: dict = {}
     facts: dict = {}
+    write: Callable | None = None
 
 
 def is_others(source):
@@ -307,6 +316,22 @@ def for_this_device(config, model):
     return dataclasses.replace(config, **fields, total_batch_size=rows, stages="")
 
 
+ANSWERS_AT_ONCE = 32  # rows of the engine on each device
+
+
+def make_answering_engine(config, params, tokenizer, model):
+    """A function of (prompts: [ids], max_tokens) -> [text]. The engine is built at its first call."""
+
+    @functools.cache
+    def writer():
+        mesh, decode = train.make_mesh(), functools.partial(tokenizer.decode, skip_special_tokens=False)
+        more = {"rows": ANSWERS_AT_ONCE * mesh.size, "mesh": mesh}
+        engine = Engine(config, params, model, train.attention_parts(config), **more)
+        return make_writer(engine, chat_tokens(tokenizer), decode)
+
+    return lambda prompts, max_tokens: writer()(prompts, max_tokens)
+
+
 def open_subject(source, out):
     """The Asked that --model names; UserError if it is none."""
     if is_others(source):
@@ -316,13 +341,15 @@ def open_subject(source, out):
         return Asked(model.name, model.encode, model.bos, model.context, model.score, True, folder, facts=facts)
     config, params, tokenizer, model = train.open_model(source)
     files = find_model_files(source)
-    score = train.make_answerer(for_this_device(config, model), model, train.make_mesh())(params)
+    here = for_this_device(config, model)
+    score = train.make_answerer(here, model, train.make_mesh())(params)
     kept = {path: step for step, path in find_checkpoints(files.weights.parent.parent).items()}
     step = kept.get(files.weights.parent, config.num_iterations)
     encode = lambda texts: [ids[1:] for ids in tok.encode_batch(tokenizer, texts)]
     folder = Path(source) if Path(source).is_dir() else Path(out) / ("eval-" + source.replace("/", "-"))
     data, facts = files.about.get("data") or {}, describe_training(config, model, step, files.about)
-    bos, more = tok.opening_id(tokenizer), (tokenizer, step, data, facts)
+    write = make_answering_engine(here, params, tokenizer, model)
+    bos, more = tok.opening_id(tokenizer), (tokenizer, step, data, facts, write)
     return Asked(folder.name, encode, bos, config.seq_len, score, False, folder, *more)
 
 
@@ -378,17 +405,17 @@ if LOOK:
 def choose_tasks(settings, corpus):
     """(name of the suite, its EvalTasks, those of them that are asked) by --tasks and --bundle, or by the corpus."""
     made = lambda: make_tasks(text for _, text in tok.read_documents(tok.offline_corpus().val))
-    wanted = settings.tasks
+    wanted, labels = settings.tasks, settings.tasks.split(",")
     if settings.bundle or wanted == "core":
         suite, tasks = "CORE", open_bundle(settings.bundle)
     elif wanted == "made":
         suite, tasks = "made", made()
-    elif wanted == "chat":
-        labels = [label for label, source in CHAT_CORE.items() if source.grade is None]
-        suite, tasks = "ChatCORE", [load_task(label, settings.examples) for label in labels]
+    elif wanted == "chat" or set(labels) & set(CHAT_LABELS):
+        chosen = [label for label in CHAT_LABELS if wanted == "chat" or label in labels]
+        suite, tasks = "ChatCORE", load_chat_tasks(chosen, settings.examples)
     else:
         suite, tasks = train.suite_for(corpus)
-    labels = [label for label in wanted.split(",") if label not in ("", "core", "made", "chat")]
+    labels = [label for label in labels if label not in ("", "core", "made", "chat")]
     for label in labels:
         known = [task.label for task in tasks]
         require(label in known, "tasks", label, f"use core, made, chat, or labels: {', '.join(known)}")
@@ -404,9 +431,20 @@ def ask_one(subject, task, examples):
     """The Outcome of a task, of either kind."""
     if isinstance(task, ChatTask):
         require(subject.tokenizer, "tasks", "chat", f"{subject.name} was not trained on conversations of ours")
-        return ask_letters(task, chat_tokens(subject.tokenizer), subject.score, examples)
+        return ask_chat(task, chat_tokens(subject.tokenizer), subject.score, subject.write, examples)
     cropped = {"max_tokens": subject.context} if subject.cropped else {}
     return core.ask(task, subject.encode, subject.bos, subject.score, examples, **cropped)
+
+
+def leave_out(asked):
+    """(the tasks that this machine can grade, {label: why not} of the others); UserError if none is left."""
+    reasons = {task.label: why_not(task) for task in asked if isinstance(task, ChatTask)}
+    reasons = {label: reason for label, reason in reasons.items() if reason}
+    for label, reason in reasons.items():
+        say(f"{label}: left out, as {reason}")
+    rest = [task for task in asked if task.label not in reasons]
+    require(rest, "tasks", ", ".join(reasons), f"none can be graded here: {'; '.join(reasons.values())}")
+    return rest, reasons
 
 
 def ask_all(subject, tasks, examples):
@@ -452,8 +490,9 @@ if __name__ == "__main__":
     say(f"model: {subject.name}, after {subject.step:,} steps" if subject.step else f"model: {subject.name}")
     corpus = corpus_of(subject, settings.data)
     suite, tasks, asked = choose_tasks(settings, corpus)
+    asked, left_out = leave_out(asked)
     limits, who = {"examples": settings.examples}, (subject.name, subject.step, str(subject.folder))
-    size = len(CHAT_CORE) if suite == "ChatCORE" else len(tasks)
+    size = len(CHAT_LABELS) if suite == "ChatCORE" else len(tasks)
     evaluation = verdicts.Evaluation(suite, size, verdicts.hash_tasks(map(as_eval_task, tasks)), *who, limits, [], {})
     other = evalreport.find_evaluation(Path(settings.compare)) if settings.compare else None
     if other:  # before anything takes long
@@ -491,9 +530,18 @@ def search_training_text(tasks, subject, settings):
     return {task.label: task.share for task in found if task.checked.any()}
 
 
-def report(subject, evaluation, other, found):
+def chat_facts(outcomes, left_out):
+    """{what: figure} of a chat evaluation: nanochat's mean of five, where all were asked, and what was left out."""
+    facts = {f"{label}, left out": reason for label, reason in left_out.items()}
+    if set(CHAT_CORE) <= {outcome.label for outcome in outcomes}:
+        facts["ChatCORE of nanochat's five tasks"] = f"{chat_core(outcomes):.4f}"
+    return facts
+
+
+def report(subject, evaluation, other, found, left_out):
     """Writes report.md, report.png and eval.json into the model's folder, and prints what matters of them."""
     facts = subject.facts | {name: f"{value:.3f} bits per byte" for name, value in evaluation.scores.items()}
+    facts |= chat_facts(evaluation.outcomes, left_out)
     evalreport.write_report(subject.folder, evaluation, facts, licences_of(subject), other, found)
     say(evalreport.describe_outcomes(evaluation))
     if other:
@@ -510,7 +558,7 @@ def licences_of(subject):
 
 if __name__ == "__main__":
     found = search_training_text(asked, subject, settings)
-    report(subject, evaluation, other, found)
+    report(subject, evaluation, other, found, left_out)
 
 # %% [markdown]
 # ## Save

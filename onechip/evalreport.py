@@ -42,6 +42,11 @@ LICENCES = {
     "coqa": "several: CC BY-SA 4.0, MSR-LA and others by passage",
     "boolq": "CC BY-SA 3.0",
     "bigbench_language_identification": "Apache-2.0",
+    "ARC-Easy": "CC BY-SA 4.0",
+    "ARC-Challenge": "CC BY-SA 4.0",
+    "MMLU": "MIT",
+    "GSM8K": "MIT",
+    "HumanEval": "MIT",
 }
 SEEDS = (
     "What the interval leaves out is the seed of training: seven identical runs of nanochat at depth 24 spread from "

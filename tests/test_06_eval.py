@@ -16,10 +16,12 @@ from execute import TINY
 from tiny_gpt2 import reference_score, write_gpt2
 
 from onechip import core, verdicts
+from onechip.conversations import assistant_parts, chat_tokens
 from onechip.errors import UserError
 from onechip.evalfile import load_evaluation
 from onechip.questions import Text
 from onechip.runfolder import newest_run
+from onechip.talker import text_of
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -105,6 +107,28 @@ def test_tasks_are_chosen_by_label_or_by_the_data(bundle, corpus):
     assert (suite, len(tasks), [task.label for task in asked]) == ("CORE", 9, ["toy_choice", "toy_schema"])
     suite, tasks, asked = ev.choose_tasks(ev.Settings(), corpus)
     assert suite == "made" and asked == tasks and len(tasks) > 5
+
+
+def test_chat_tasks_are_chosen_by_label_and_left_out_with_a_reason(corpus, monkeypatch):
+    """SpellingBee alone is one of ChatCORE's; a task that cannot be graded here is not asked, and none is refused."""
+    suite, tasks, asked = ev.choose_tasks(ev.Settings(tasks="SpellingBee", examples=2), corpus)
+    assert (suite, [task.label for task in tasks], asked) == ("ChatCORE", ["SpellingBee"], tasks)
+    other = tasks[0]._replace(label="HumanEval")
+    monkeypatch.setattr(ev, "why_not", lambda task: "no sandbox" if task.label == "HumanEval" else "")
+    assert ev.leave_out([*tasks, other]) == (tasks, {"HumanEval": "no sandbox"})
+    assert ev.chat_facts([], {"HumanEval": "no sandbox"}) == {"HumanEval, left out": "no sandbox"}
+    with pytest.raises(UserError, match="^tasks='HumanEval': none can be graded here: no sandbox$"):
+        ev.leave_out([other])
+
+
+@pytest.mark.slow
+def test_a_run_writes_what_generate_writes(runs, tokenizer):
+    """The answers of a subject are its model's own likeliest tokens, without what was asked."""
+    subject, prompt = ev.open_subject(str(runs / "first"), "unused"), tokenizer.encode("the water").ids
+    config, params, _, model = train.open_model(runs / "first")
+    ids, tokens = train.generate(config, params, prompt, 6, model=model), chat_tokens(tokenizer)
+    assert tokens.python_end not in ids
+    assert subject.write([prompt], 6) == [text_of(assistant_parts(tokens, ids, tokenizer.decode))]
 
 
 def evaluate(folder, *words):
