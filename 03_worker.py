@@ -1366,12 +1366,17 @@ def read_settings(overrides):
 
 
 def check_facts(sweep, facts):
-    """UserError if a sweep is of another task than the one chosen here, or begins with other weights."""
+    """UserError if a sweep is of another task than the one chosen here, or begins with other weights or moments."""
     known, task = constants(sweep), facts.get("task", "pretraining")
     trained = known.get("task", "pretraining")
     require(trained == task, "task", task, f"the sweep is of {trained}: use another --name")
     same = known.get("base_sha256") == facts.get("base_sha256")
-    require(same, "base", facts.get("base"), f"the sweep began with other weights, of {known.get('base')}: use those")
+    require(
+        same,
+        "base",
+        facts.get("base"),
+        f"the sweep began with other weights or moments, of {known.get('base')}: use those",
+    )
 
 
 def join_sweep(path, settings, asked, run):

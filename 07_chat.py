@@ -177,14 +177,14 @@ from onechip.mixture import Mixture, TalkSource, check_place, masked_batch, pack
 from onechip.own_conversations import read_conversations
 from onechip.parts import array_files
 from onechip.questions import Outcome
-from onechip.runfolder import TOKENIZER, newest_run
+from onechip.runfolder import OPT, TOKENIZER, newest_run
 from onechip.settings import Run, choose, parse_settings, peek, setting
 from onechip.spelling import read_words
 from onechip.talker import TalkSettings
 from onechip.talking import TOOLS, TalkDesk, check_talk, talk
 from onechip.tools import ToolRunner
 from onechip.verdicts import accuracy, standard_error
-from onechip.warmstart import count_steps_before, load_start
+from onechip.warmstart import count_steps_before, has_moments, load_start
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -571,6 +571,11 @@ def hash_base(files):
     return list(map(hash_file, array_files(files.weights)))
 
 
+def hash_moments(files, optimizer):
+    """[SHA-256, hex] of the files with the moments that a run begins with; none where there are none."""
+    return list(map(hash_file, array_files(files.weights.parent / OPT))) if has_moments(files, optimizer) else []
+
+
 def hash_talks(talks):
     """SHA-256, hex, of conversations: config.json says which ones they were, and not what is in them."""
     return hashlib.sha256(json.dumps(talks, sort_keys=True).encode()).hexdigest()
@@ -623,7 +628,7 @@ def choose_tuning(asked):
     rates = {name: fields["learning_rate"] for name, fields in presets.items()}
     spread = {name: {"distribution": "log_uniform_values", "min": r / 8, "max": r * 4} for name, r in rates.items()}
     counts_by_data = {fields["data"]: counts_of[name] for name, fields in presets.items()}
-    hashes = hash_base(files)
+    hashes, moments = hash_base(files), hash_moments(files, optimizer)
 
     def open_material(data, num_shards, kept):
         tokenizer, counts = tok.load_tokenizer(files.tokenizer), counts_by_data[data]
@@ -641,7 +646,7 @@ def choose_tuning(asked):
         presets,
         {name: {"learning_rate": spread[name], **TUNING_SPACE} for name in presets},
         open_material,
-        facts={"task": "chat", "base": source, "base_sha256": " ".join(hashes), "mixture": asked["mixture"]},
+        facts={"task": "chat", "base": source, "base_sha256": " ".join(hashes + moments), "mixture": asked["mixture"]},
     )
 
 
@@ -655,9 +660,8 @@ def prepare_trial(config, material):
 
 def tuning_command(known):
     """The command that fine-tunes at length, for the constants of a sweep."""
-    return f"uv run 07_chat.py --model {known['base']}" + (
-        f" --mixture '{known['mixture']}'" if known["mixture"] else ""
-    )
+    mixture = f" --mixture '{known['mixture']}'" if known["mixture"] else ""
+    return f"uv run 07_chat.py --model {known['base']}{mixture}"
 
 
 TUNING = SweepTask("07_chat.TUNING", choose_tuning, prepare_trial, tuning_command, arrays=("x", "y", "mask"))
