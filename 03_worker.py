@@ -177,8 +177,9 @@ from typing import NamedTuple
 
 import jax
 
-from onechip.doors import config_with
+from onechip.doors import SweepChoice, SweepTask, config_with
 from onechip.errors import UserError, first_line, report_in_one_line, require, say, show_value
+from onechip.export import find_part
 from onechip.files import (
     age_of,
     atomic_write,
@@ -196,7 +197,18 @@ from onechip.machine import deferred_interrupt, git_commit, read_secret
 from onechip.perchip import run_on_each_chip
 from onechip.plots import show_picture
 from onechip.runfolder import RunFolder
-from onechip.settings import BELOW, Run, check_fields, is_below, parse_settings, peek, setting, settle, words_of
+from onechip.settings import (
+    BELOW,
+    Run,
+    check_fields,
+    fixed_fields,
+    is_below,
+    parse_settings,
+    peek,
+    setting,
+    settle,
+    words_of,
+)
 from onechip.stages import count_tokens
 from onechip.tables import table
 
@@ -204,6 +216,7 @@ train = importlib.import_module("02_train")
 tok = importlib.import_module("01_tokenizer")
 
 
+SWEPT = {"pretraining": "03_worker.PRETRAINING", "chat": "07_chat.TUNING"}  # what --task can name
 TASKS = "tasks/"  # names of figures begin with it where higher is better
 
 
@@ -211,6 +224,12 @@ TASKS = "tasks/"  # names of figures begin with it where higher is better
 class Settings:
     """What this worker does and, if it creates the sweep, what the sweep is."""
 
+    task: str = setting(
+        "pretraining", "what a trial does: pretraining, or chat: 07's fine-tuning", choices=tuple(SWEPT)
+    )
+    base: str = setting("", "--task chat: a run's folder, an export or a Hub repository; empty: the newest run")
+    mixture: str = setting("", "--task chat: sources and how many of each, as 07 has it; empty: by the data")
+    conversations: str = setting("", "--task chat: a JSONL file of your own; every worker needs the same one")
     model: str = setting("gpt", "what is trained: 02's model, 04's or 05's", choices=tuple(train.MODELS))
     where: str = setting("", "wandb or local; empty: wandb if there is a key and the preset is not laptop")
     sweep: str = setting("", "id of a wandb sweep to join, [entity/project/]id; empty: the one of these settings")
@@ -223,8 +242,9 @@ class Settings:
     )
     method: str = setting("bayes", "how the next trial is chosen", choices=("bayes", "random", "grid"))
     metric: str = setting(
-        "val_bpb",
-        "what is made best: val_bpb, or a figure of tasks, as in metrics.jsonl: tasks/core_subset, tasks/made",
+        "",
+        "what is made best: val_bpb, val_loss or a figure of tasks in metrics.jsonl: tasks/core_subset, tasks/chat, "
+        "tasks/made; empty: val_bpb, and for chat val_loss, a supervised token",
     )
     project: str = setting("onechip", "wandb project")
     any_version: bool = setting(False, "run even if commit or data differ from those of the sweep")
@@ -236,8 +256,8 @@ class Settings:
     def __post_init__(self):
         check_fields(self)
         require(self.where in ("", "wandb", "local"), "where", self.where, "use wandb or local")
-        known = self.metric == "val_bpb" or self.metric.startswith(TASKS)
-        require(known, "metric", self.metric, f"use val_bpb, or a figure that begins with {TASKS}")
+        known = self.metric in ("", "val_bpb", "val_loss") or self.metric.startswith(TASKS)
+        require(known, "metric", self.metric, f"use val_bpb, or a figure that begins with {TASKS}, or val_loss")
 
 
 # %% [markdown]
@@ -320,27 +340,75 @@ ORIGIN += ("model", "optimizer")  # these two as --model and --optimizer name th
 DERIVED = ("num_iterations", "eval_every", "sample_every", "save_every", "keep")  # follow from budget and evaluations
 
 
-def make_sweep(settings, run, config, space, corpus):
-    """The sweep as a dictionary in wandb's format: `space` is swept, the other fields of `config` are constants."""
+def make_sweep(settings, run, config, space, corpus, facts=None):
+    """The sweep as a dictionary in wandb's format: `space` is swept, the other fields of `config` are constants.
+
+    facts: more constants, of another task than pretraining.
+    """
     fixed = {k: v for k, v in as_given(config).items() if k not in DERIVED}
     optimizer, tokens = run.optimizer or OPTIMIZER_OF[settings.model], count_tokens(config)
     model = train.model_named(settings.model)
     size = tokens if settings.budget == "tokens" else tokens * train.flops_per_token(config, model)
-    data = run.data if run.data in ("offline", *tok.DATASETS) else ""  # a folder's path is each worker's own
+    data = run.data if facts or run.data in ("offline", *tok.DATASETS) else ""  # a folder's path is each worker's own
     origin = (git_commit() or "", data, corpus.name, corpus.revision, run.num_shards)
     origin += (settings.budget, size, settings.evaluations, settings.model, optimizer)
-    values, goal = fixed | dict(zip(ORIGIN, origin, strict=True)), "minimize"
+    values, goal = fixed | dict(zip(ORIGIN, origin, strict=True)) | (facts or {}), "minimize"
     if settings.metric.startswith(TASKS):
         values["eval_core_every"], goal = max(1, config.eval_core_every), "maximize"
     sweep = {
         "method": settings.method,
-        "metric": {"name": settings.metric, "goal": goal},
+        "metric": {"name": settings.metric or task_of(values).metric, "goal": goal},
         "early_terminate": {"type": "hyperband", "min_iter": max(1, settings.evaluations // 4), "eta": 2},
         "run_cap": settings.run_cap or (6 if run.preset == "laptop" else 30),
         "parameters": {**{name: {"value": value} for name, value in values.items()}, **space},
     }
     digest = hashlib.sha256(json.dumps(sweep, sort_keys=True).encode()).hexdigest()[:6]
     return {"name": run.name or f"sweep-{run.preset}-{corpus.name}-{digest}", **sweep}
+
+
+def task_of(parameters):
+    """The SweepTask of a sweep's constants or a trial's parameters; UserError if there is none of that name."""
+    name = parameters.get("task", "pretraining")  # older sweeps do not say
+    require(name in SWEPT, "task", name, f"use {' or '.join(SWEPT)}")
+    if SWEPT[name] == PRETRAINING.name:
+        return PRETRAINING
+    return find_part("task", SWEPT[name], Path(tok.__file__).parent, SweepTask)
+
+
+def check_kept(parameters, names):
+    """UserError if one of these fields would change the model that another task than pretraining begins with."""
+    if task_of(parameters) is PRETRAINING:
+        return
+    kept = set(fixed_fields(config_class_of(parameters))) - {"total_batch_size"}
+    for name in names:
+        require(name not in kept, "field", name, "stays as the base has it: leave it out")
+
+
+def choose_pretraining(asked):
+    """The SweepChoice of training a new model."""
+    model = asked["model"] or "gpt"
+    require(model in OPTIMIZER_OF, "model", model, f"use one of {', '.join(OPTIMIZER_OF)}")
+    for name in ("base", "mixture", "conversations"):
+        require(not asked[name], name, asked[name], "belongs to --task chat")
+    optimizer = asked["optimizer"] or OPTIMIZER_OF[model]
+    presets = trial_presets(train.model_named(model), train.optimizer_named(optimizer))
+    spaces = {preset: space_of(model, optimizer, preset) for preset in presets}
+    return SweepChoice(model, optimizer, presets, spaces, tok.get_corpus)
+
+
+def prepare_pretraining_trial(config, corpus):
+    """What `train` is handed of a trial."""
+    return {"task": train.pretraining(config, corpus, tok.get_tokenizer(corpus, config.vocab_size))}
+
+
+def pretraining_command(known):
+    """The command that trains at length, for the constants of a sweep."""
+    return f"uv run {train.MODELS[known['model']].partition('.')[0]}.py"
+
+
+PRETRAINING = SweepTask(
+    SWEPT["pretraining"], choose_pretraining, prepare_pretraining_trial, pretraining_command, metric="val_bpb"
+)
 
 
 def as_given(config):
@@ -436,6 +504,7 @@ def check_sweep(sweep):
         hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(fields)}"
         require(name in fields, "swept parameter", name, f"is no field of Config; {hint}")
         require(name not in DERIVED, "swept parameter", name, "follows from the budget and is not swept")
+    check_kept(constants(sweep), space)
     choices = itertools.product(*(extremes(name, spec) for name, spec in space.items()))
     combinations = [dict(zip(space, choice, strict=True)) for choice in itertools.islice(choices, 4096)]
     return [trial_config(constants(sweep) | combination) for combination in combinations]
@@ -480,8 +549,12 @@ def trial_config(parameters):
 
 def config_class_of(parameters):
     """The Config class of a sweep's model with its optimizer."""
-    model, optimizer = train.model_named(parameters["model"]), train.optimizer_named(parameters["optimizer"])
-    return config_with(model.config, optimizer.settings)
+    return config_of_names(parameters["model"], parameters["optimizer"])
+
+
+def config_of_names(model, optimizer):
+    """The Config class of a model with an optimizer, as --model and --optimizer name them."""
+    return config_with(train.model_named(model).config, train.optimizer_named(optimizer).settings)
 
 
 def plain_value(value, kind):
@@ -568,11 +641,13 @@ def read_evaluations(run_dir, metric="val_bpb"):
 def attempt(job, corpus):
     """Trains a Job's model; returns its TrialEnd, or raises what went wrong."""
     config = trial_config(job.parameters)
-    tokenizer = tok.get_tokenizer(corpus, config.vocab_size)
+    subject = task_of(job.parameters)
     model, optimizer = (train.model_named(job.parameters["model"]), train.optimizer_named(job.parameters["optimizer"]))
-    train.preflight(config, model=model, optimizer=optimizer)  # DoesNotFit comes before anything is on the device
+    # DoesNotFit comes before anything is on the device
+    train.preflight(config, model=model, optimizer=optimizer, batch=subject.arrays)
     job.on_start(config)
-    task = train.pretraining(config, corpus, tokenizer)
+    parts = subject.prepare(config, corpus)
+    task = parts["task"]
 
     def batches(position):
         job.request.began = True
@@ -587,7 +662,8 @@ def attempt(job, corpus):
     # "owner": who has a trial is decided before, by its lease or by wandb, and not by the lock of its run.
     options = {"accept": ("owner",), "on_log": listen, "notes": {"trial": job.name}}
     options |= {"model": model, "optimizer": optimizer}
-    result = train.train(config, task._replace(batches=batches), job.run_dir, **options)
+    options |= parts | {"task": task._replace(batches=batches)}
+    result = train.train(config, run_dir=job.run_dir, **options)
     job.on_evaluation(read_evaluations(job.run_dir, job.metric))
     return TrialEnd("finished") if result.step == config.num_iterations else job.request.outcome
 
@@ -1273,43 +1349,76 @@ def check_version(sweep, corpus, any_version):
             require(expected[name] == value, name, value, remedy)
 
 
+ASKED = ("base", "mixture", "conversations", "data", "model", "optimizer", "out")  # what a SweepTask may look at
+
+
 def read_settings(overrides):
-    """(Settings, Run, Config class, its fields that are set, name of the optimizer) from what the user set."""
-    name = peek("model", overrides) or "gpt"
-    require(name in OPTIMIZER_OF, "model", name, f"use one of {', '.join(OPTIMIZER_OF)}")
-    chosen = peek("optimizer", overrides) or OPTIMIZER_OF[name]
-    config_class = config_with(train.model_named(name).config, train.optimizer_named(chosen).settings)
+    """(Settings, Run, fields of the Config that are set, SweepChoice) from what the user set."""
+    asked = {name: peek(name, overrides) for name in ASKED}
+    subject = task_of({"task": peek("task", overrides) or "pretraining"})
+    if peek("sweep", overrides):  # which says what is trained
+        subject, asked = PRETRAINING, asked | dict.fromkeys(("base", "mixture", "conversations"), "")
+    choice = subject.choose(asked)
+    config_class = config_of_names(choice.model, choice.optimizer)
     settings, run, fields = parse_settings(Settings, Run, config_class, overrides=overrides)
-    return Settings(**settings), Run(**run), config_class, fields, chosen
+    check_kept({"model": choice.model, "optimizer": choice.optimizer, **choice.facts}, fields)
+    return Settings(**settings), Run(**run), fields, choice
+
+
+def check_facts(sweep, facts):
+    """UserError if a sweep is of another task than the one chosen here, or begins with other weights or moments."""
+    known, task = constants(sweep), facts.get("task", "pretraining")
+    trained = known.get("task", "pretraining")
+    require(trained == task, "task", task, f"the sweep is of {trained}: use another --name")
+    same = known.get("base_sha256") == facts.get("base_sha256")
+    require(
+        same,
+        "base",
+        facts.get("base"),
+        f"the sweep began with other weights or moments, of {known.get('base')}: use those",
+    )
+
+
+def join_sweep(path, settings, asked, run):
+    """(backend, material) of a sweep on wandb's server; what is not set here is as the sweep has it."""
+    backend = WandbSweep(path, Path(run.out), settings.give_up)
+    fixed = constants(backend.sweep)
+    kept = {"name": fixed["data_name"], "revision": fixed["data_revision"]}
+    task, data = task_of(fixed), asked.data or fixed["data"] or run.data
+    if task is PRETRAINING:
+        return backend, tok.get_corpus(data, fixed["num_shards"], kept)
+    wanted = {name: fixed[name] for name in ("model", "optimizer")} | {"data": data, "out": run.out}
+    wanted |= {"base": settings.base or fixed["base"], "mixture": settings.mixture or fixed["mixture"]}
+    choice = task.choose(wanted | {"conversations": settings.conversations})
+    check_facts(backend.sweep, choice.facts)
+    return backend, choice.open(data, fixed["num_shards"], kept)
 
 
 def open_sweep(overrides):
-    """(backend, settings, corpus) from what the user set: creates the sweep or finds it, and checks it."""
-    settings, asked, config_class, fields, chosen = read_settings(overrides)
+    """(backend, settings, material) from what the user set: creates the sweep or finds it, and checks it."""
+    settings, asked, fields, choice = read_settings(overrides)
     require(asked.hosts < 2, "hosts", asked.hosts, "a trial runs on one host: start a worker on each")
-    presets = trial_presets(train.model_named(settings.model), train.optimizer_named(chosen))
-    run, config = settle(asked, config_class, presets, fields)
+    run, config = settle(asked, config_of_names(choice.model, choice.optimizer), choice.presets, fields)
     place, out = choose_place(settings, run), Path(run.out)
     require_writable(out, "choose another --out")
     os.environ.setdefault("WANDB_DIR", str(out))
     if settings.sweep:
-        path = full_path(settings.sweep, settings.project)
-        backend = WandbSweep(path, out, settings.give_up)
-        fixed = constants(backend.sweep)
-        data = {"name": fixed["data_name"], "revision": fixed["data_revision"]}
-        corpus = tok.get_corpus(asked.data or fixed["data"] or run.data, fixed["num_shards"], data)
+        backend, material = join_sweep(full_path(settings.sweep, settings.project), settings, asked, run)
     else:
-        corpus = tok.get_corpus(run.data, run.num_shards)
-        sweep = make_sweep(settings, run, config, space_of(settings.model, chosen, run.preset), corpus)
+        material = choice.open(run.data, run.num_shards, None)
+        settings = dataclasses.replace(settings, model=choice.model)
+        run = dataclasses.replace(run, optimizer=choice.optimizer)
+        sweep = make_sweep(settings, run, config, choice.spaces[run.preset], material, choice.facts)
         check_sweep(sweep)
         folder = out / sweep["name"]
         if place == "wandb":
             backend = WandbSweep(create_online(sweep, settings.project, folder), out, settings.give_up)
         else:
             backend = LocalSweep(folder, sweep, settings.lease, settings.give_up)
-    check_version(backend.sweep, corpus, settings.any_version)
+        check_facts(backend.sweep, choice.facts)
+    check_version(backend.sweep, material, settings.any_version)
     check_results(backend.folder)
-    return backend, settings, corpus
+    return backend, settings, material
 
 
 def describe_cost(backend):
@@ -1321,8 +1430,8 @@ def describe_cost(backend):
     if "TPU" not in jax.local_devices()[0].device_kind:
         return line
     try:
-        parts = train.model_named(known["model"]), train.optimizer_named(known["optimizer"])
-        fit = train.preflight(middle, model=parts[0], optimizer=parts[1])
+        parts = {"optimizer": train.optimizer_named(known["optimizer"]), "batch": task_of(known).arrays}
+        fit = train.preflight(middle, model=train.model_named(known["model"]), **parts)
     except DoesNotFit as error:
         return f"{line}\nnot all of it fits this device: {error}"
     if not fit.step_seconds:
@@ -1404,12 +1513,8 @@ def show_results(backend):
     say(f"left in {backend.folder}: {csv_file.name}, {picture.name}, and a folder for each trial")
     with contextlib.suppress(UserError):  # none has run to its end
         best = dataclasses.asdict(best_config(backend))
-        notebook = train.MODELS[constants(backend.sweep)["model"]].partition(".")[0]
-        say(
-            " ".join(
-                [f"best: uv run {notebook}.py", *(f"--{name} {best[name]}" for name in swept_fields(backend.sweep))]
-            )
-        )
+        known, swept = constants(backend.sweep), swept_fields(backend.sweep)
+        say(" ".join([f"best: {task_of(known).command(known)}", *(f"--{name} {best[name]}" for name in swept)]))
     if isinstance(backend, WandbSweep):
         backend.record(rows, picture)
     show_picture(picture)

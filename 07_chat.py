@@ -144,6 +144,7 @@ import importlib
 import itertools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -153,7 +154,7 @@ from onechip.card import describe_result
 from onechip.chat_sets import HUB_SETS, SPELLING_SETS, hub_source, spelling_source
 from onechip.chatbox import chat_in_cell, serve_in_notebook
 from onechip.conversations import assistant_parts, chat_tokens, render_prompt
-from onechip.doors import Task, config_with
+from onechip.doors import SweepChoice, SweepTask, Task, config_with
 from onechip.engine import Engine
 from onechip.errors import in_notebook, require, say
 from onechip.export import config_of, find_model, find_model_files, names_of_files
@@ -176,14 +177,14 @@ from onechip.mixture import Mixture, TalkSource, check_place, masked_batch, pack
 from onechip.own_conversations import read_conversations
 from onechip.parts import array_files
 from onechip.questions import Outcome
-from onechip.runfolder import TOKENIZER, newest_run
+from onechip.runfolder import OPT, TOKENIZER, newest_run
 from onechip.settings import Run, choose, parse_settings, peek, setting
 from onechip.spelling import read_words
 from onechip.talker import TalkSettings
 from onechip.talking import TOOLS, TalkDesk, check_talk, talk
 from onechip.tools import ToolRunner
 from onechip.verdicts import accuracy, standard_error
-from onechip.warmstart import count_steps_before, load_start
+from onechip.warmstart import count_steps_before, has_moments, load_start
 
 tok = importlib.import_module("01_tokenizer")
 train = importlib.import_module("02_train")
@@ -438,19 +439,23 @@ def lesson_figures(lessons, tokenizer, config, model, mesh):
     return figures
 
 
+def describe_data(counts, origin):
+    """{"name", "revision"} of the conversations of a mixture; origin: JSON that says what else they are made from."""
+    made_from = json.dumps([counts, origin], sort_keys=True)
+    return {"name": "conversations", "revision": hashlib.sha256(made_from.encode()).hexdigest()[:20]}
+
+
 def fine_tuning(config, sources, counts, tokenizer, lessons=(), origin=None):
     """The Task of learning the answers in a mixture; origin: JSON that says what else the data are made from."""
     train.check_vocabulary(config, tokenizer)
     tokens, lengths = chat_tokens(tokenizer), tok.token_byte_lengths(tokenizer)
     mixture, held_out = Mixture(sources, counts), hold_out(config, sources, counts, tokens)
-    made_from = json.dumps([counts, origin], sort_keys=True)
-    data = {"name": "conversations", "revision": hashlib.sha256(made_from.encode()).hexdigest()[:20]}
     return Task(
         batches=functools.partial(chat_batches, config, mixture, tokens),
         loss=train.cross_entropy,
         score=lambda config, model, mesh: train.make_evaluator(config, model, mesh, held_out, lengths),
         ask=functools.partial(lesson_figures, lessons, tokenizer) if lessons else None,
-        origin={"data": data, "tokenizer_sha256": tok.tokenizer_hash(tokenizer)},
+        origin={"data": describe_data(counts, origin), "tokenizer_sha256": tok.tokenizer_hash(tokenizer)},
         facts={"mixture": counts, "made_from": origin},
         files={TOKENIZER: tokenizer.to_str(pretty=True).encode()},
         arrays=("x", "y", "mask"),
@@ -504,11 +509,16 @@ def choose_base(overrides):
     out = peek("out", overrides) or Run().out
     source = peek("model", overrides) or newest_run(out, lambda about: not is_chat(about))
     source = source or train.train_first(out, train.model_named("nanochat"), train.optimizer_named("muon"))
+    return open_base(source, peek("optimizer", overrides))
+
+
+def open_base(source, wanted=""):
+    """The same of the model that `source` names; wanted: what the user set as the optimizer."""
     files = find_model_files(source)
     folder = Path(tok.__file__).parent
     model = find_model(files.about.get("model", train.GPT.name), folder, train.GPT)
     names = {path: name for name, path in train.OPTIMIZERS.items()}
-    used, wanted = names.get(files.about.get("optimizer"), "adamw"), peek("optimizer", overrides)
+    used = names.get(files.about.get("optimizer"), "adamw")
     require(
         wanted in ("", used), "optimizer", wanted, f"the model was trained with {used}, which continues: leave it out"
     )
@@ -528,25 +538,42 @@ def find_chat(overrides):
 
 def choose_chat(files, model, optimizer, base, overrides=""):
     """(ChatRun, config, {source: count}, the user's conversations) with nothing left open."""
-    config_class = config_with(model.config, optimizer.settings)
     path = peek("conversations", overrides)
     own = read_conversations(path) if path else []
-    known = {field.name for field in dataclasses.fields(config_class)}
-    presets, counts_of = {}, {}
-    for preset in model.presets:
-        data = peek("data", overrides) or ("offline" if preset == "laptop" else "hub")
-        require(data in MIXTURES, "data", data, f"use {' or '.join(MIXTURES)}")
-        counts_of[preset] = choose_counts(peek("mixture", overrides), data, own)
-        fields = tuned_fields(base, model, optimizer, preset, counts_of[preset])
-        fields["steps_before"] = count_steps_before(files, optimizer)
-        presets[preset] = {name: value for name, value in fields.items() if name in known} | {"data": data}
+    data, mixture = peek("data", overrides), peek("mixture", overrides)
+    presets, counts_of = chat_presets(files, model, optimizer, base, data, mixture, own)
 
     def name(run, config):
         settings = json.dumps([run.data, run.mixture, own, dataclasses.asdict(config)], sort_keys=True)
         return f"chat-{Path(files.source).name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
 
-    run, config = choose(config_class, presets, overrides, ChatRun, name)
+    run, config = choose(config_with(model.config, optimizer.settings), presets, overrides, ChatRun, name)
     return run, config, counts_of[run.preset], own
+
+
+def chat_presets(files, model, optimizer, base, asked, mixture, own):
+    """({preset: fields of fine-tuning}, {preset: {source: count}}); asked: what the user set as the data."""
+    config_class = config_with(model.config, optimizer.settings)
+    known = {field.name for field in dataclasses.fields(config_class)}
+    presets, counts_of = {}, {}
+    for preset in model.presets:
+        data = asked or ("offline" if preset == "laptop" else "hub")
+        require(data in MIXTURES, "data", data, f"use {' or '.join(MIXTURES)}")
+        counts_of[preset] = choose_counts(mixture, data, own)
+        fields = tuned_fields(base, model, optimizer, preset, counts_of[preset])
+        fields["steps_before"] = count_steps_before(files, optimizer)
+        presets[preset] = {name: value for name, value in fields.items() if name in known} | {"data": data}
+    return presets, counts_of
+
+
+def hash_base(files):
+    """[SHA-256, hex] of the files with a model's weights."""
+    return list(map(hash_file, array_files(files.weights)))
+
+
+def hash_moments(files, optimizer):
+    """[SHA-256, hex] of the files with the moments that a run begins with; none where there are none."""
+    return list(map(hash_file, array_files(files.weights.parent / OPT))) if has_moments(files, optimizer) else []
 
 
 def hash_talks(talks):
@@ -563,6 +590,81 @@ def make_transcript(answer, lessons, own):
         for messages, parts in zip(asked, answer(params, asked), strict=True)
     ]
 
+
+# %% [markdown]
+# ## Sweep
+#
+# 03 sweeps it with `--task chat`: every trial begins with the same weights and learns from the same mixture, and only
+# the rates and the schedule differ. The model keeps its shape.
+
+# %%
+TUNING_SPACE = {"final_lr_frac": {"min": 0.0, "max": 0.3}, "warmdown_ratio": {"min": 0.2, "max": 1.0}}
+SHORT_TUNING = {"chip": {"num_iterations": 300}, "gpu": {"num_iterations": 300}, "laptop": {"num_iterations": 100}}
+
+
+class TuningMaterial(NamedTuple):
+    """What the trials of a sweep begin with and learn from; name and revision: those of the data."""
+
+    name: str
+    revision: str
+    base: tuple  # (ModelFiles, Model, Optimizer)
+    tokenizer: object
+    lessons: list
+    task: dict  # the arguments of fine_tuning that are the same in all trials
+
+
+def choose_tuning(asked):
+    """The SweepChoice of fine-tuning the model that asked["base"] names, or the newest run."""
+    source = asked["base"] or newest_run(asked["out"] or Run().out, lambda about: not is_chat(about))
+    require(source, "base", "", "there is no run yet to fine-tune: train one first, or name one with --base")
+    files, model, optimizer, base = open_base(source, asked["optimizer"])
+    names = {path: name for name, path in (train.MODELS | train.OPTIMIZERS).items()}
+    require(model.name in names, "base", source, f"03 has no name for its model {model.name}: fine-tune it with 07")
+    same = asked["model"] in ("", names[model.name])
+    require(same, "model", asked["model"], f"the base is {names[model.name]}: leave it out")
+    own = read_conversations(asked["conversations"]) if asked["conversations"] else []
+    presets, counts_of = chat_presets(files, model, optimizer, base, asked["data"], asked["mixture"], own)
+    presets = {name: presets[name] | short for name, short in SHORT_TUNING.items() if name in presets}
+    rates = {name: fields["learning_rate"] for name, fields in presets.items()}
+    spread = {name: {"distribution": "log_uniform_values", "min": r / 8, "max": r * 4} for name, r in rates.items()}
+    counts_by_data = {fields["data"]: counts_of[name] for name, fields in presets.items()}
+    hashes, moments = hash_base(files), hash_moments(files, optimizer)
+
+    def open_material(data, num_shards, kept):
+        tokenizer, counts = tok.load_tokenizer(files.tokenizer), counts_by_data[data]
+        sources, commits, lessons = open_sources(counts, chat_tokens(tokenizer).encode, own)
+        origin = {"commits": commits, "base": hashes, "own": hash_talks(own)}
+        parts = {"sources": sources, "counts": counts, "origin": origin}
+        return TuningMaterial(
+            **describe_data(counts, origin),
+            base=(files, model, optimizer), tokenizer=tokenizer, lessons=list(lessons.values()), task=parts,
+        )  # fmt: skip
+
+    return SweepChoice(
+        names[model.name],
+        names.get(optimizer.name, "adamw"),
+        presets,
+        {name: {"learning_rate": spread[name], **TUNING_SPACE} for name in presets},
+        open_material,
+        facts={"task": "chat", "base": source, "base_sha256": " ".join(hashes + moments), "mixture": asked["mixture"]},
+    )
+
+
+def prepare_trial(config, material):
+    """What `train` is handed of a trial: the Task, and the base that it begins with."""
+    files, model, optimizer = material.base
+    require(material.lessons or not config.eval_core_every, "metric", "tasks/", "the mixture has no graded lesson")
+    task = fine_tuning(config, tokenizer=material.tokenizer, lessons=material.lessons, **material.task)
+    return {"task": task, "start": functools.partial(load_start, files, config, model, optimizer)}
+
+
+def tuning_command(known):
+    """The command that fine-tunes at length, for the constants of a sweep."""
+    mixture = f" --mixture '{known['mixture']}'" if known["mixture"] else ""
+    return f"uv run 07_chat.py --model {known['base']}{mixture}"
+
+
+TUNING = SweepTask("07_chat.TUNING", choose_tuning, prepare_trial, tuning_command, arrays=("x", "y", "mask"))
 
 # %%
 OVERRIDES = ""  # @param ["", "--data hub", "--num_iterations 200"] {allow-input: true}
@@ -604,7 +706,7 @@ if __name__ == "__main__" and not ready:
 
     def prepare_chat(run, config, folder, model):
         """(tokenizer, what `train` is handed besides), as train_run asks for it."""
-        origin = {"commits": commits, "base": list(map(hash_file, array_files(files.weights))), "own": hash_talks(own)}
+        origin = {"commits": commits, "base": hash_base(files), "own": hash_talks(own)}
         return tokenizer, {
             "task": fine_tuning(config, sources, counts, tokenizer, lessons, origin),
             "sample": make_transcript(answer, lessons, own),

@@ -84,3 +84,36 @@ class Task(NamedTuple):
     files: dict = {}
     arrays: tuple = ("x", "y")
     ask: Callable | None = None
+
+
+class SweepTask(NamedTuple):
+    """A Task that 03 can sweep: its trials differ in their config, and begin with and learn from the same.
+
+    name: the notebook and constant that it is found by. choose(asked) -> SweepChoice, before a device is used; asked:
+    {name: what the user set as text, "" if nothing}. prepare(config, material) -> what `train` is handed of a trial:
+    task, and start if it begins with a trained model. command(constants) -> the command that trains with a sweep's
+    winner. metric: the figure that is made best; arrays: as a Task has them.
+    """
+
+    name: str
+    choose: Callable
+    prepare: Callable
+    command: Callable
+    metric: str = "val_loss"
+    arrays: tuple = ("x", "y")
+
+
+class SweepChoice(NamedTuple):
+    """What the trials of a sweep have in common, as a SweepTask chose it.
+
+    model, optimizer: as --model and --optimizer name them. presets: {preset: fields}. spaces: {preset: what is swept}.
+    open(data, num_shards, kept) -> the material that all learn from, with a name and a revision; kept: those of a sweep
+    that is joined. facts: more constants of the sweep, JSON, which a worker must have alike.
+    """
+
+    model: str
+    optimizer: str
+    presets: dict
+    spaces: dict
+    open: Callable
+    facts: dict = {}
