@@ -21,13 +21,16 @@
 # # Talk to it
 #
 # A model that 02, 04 or 05 trained continues a text. Here it learns to answer: a second, short training on
-# conversations, in which only the answers count, and a calculator that it calls by writing to it. Not finished yet: how
-# well a laptop's model learns it has not been measured, and talking to it is to come.
+# conversations, in which only the answers count, and a calculator that it calls by writing to it. Then you talk to it:
+# below a cell, in a terminal, on a page, or through OpenAI's API.
 #
-# | where | what | steps; times are not measured yet |
+# | where | what | steps |
 # |---|---|---|
-# | laptop, no network | the newest run in `runs/`, on conversations made by rule | 500 |
-# | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | about 930, of 2^19 tokens |
+# | laptop, no network | the newest run in `runs/`, on conversations made by rule | 350, about 5 minutes |
+# | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | about 930, of 2^19 tokens; not timed |
+#
+# A laptop's model of 05 then has 99 % of held-out sums and counted letters right, by calling the calculator, and spells
+# three of four words that it has never seen.
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
