@@ -442,7 +442,7 @@ def lesson_figures(lessons, tokenizer, config, model, mesh):
     return figures
 
 
-def describe_data(counts, origin):
+def talk_data(counts, origin):
     """{"name", "revision"} of the conversations of a mixture; origin: JSON that says what else they are made from."""
     made_from = json.dumps([counts, origin], sort_keys=True)
     return {"name": "conversations", "revision": hashlib.sha256(made_from.encode()).hexdigest()[:20]}
@@ -458,7 +458,7 @@ def fine_tuning(config, sources, counts, tokenizer, lessons=(), origin=None):
         loss=train.cross_entropy,
         score=lambda config, model, mesh: train.make_evaluator(config, model, mesh, held_out, lengths),
         ask=functools.partial(lesson_figures, lessons, tokenizer) if lessons else None,
-        origin={"data": describe_data(counts, origin), "tokenizer_sha256": tok.tokenizer_hash(tokenizer)},
+        origin={"data": talk_data(counts, origin), "tokenizer_sha256": tok.tokenizer_hash(tokenizer)},
         facts={"mixture": counts, "made_from": origin},
         files={TOKENIZER: tokenizer.to_str(pretty=True).encode()},
         arrays=("x", "y", "mask"),
@@ -532,7 +532,7 @@ def open_base(source, wanted=""):
 
 def find_chat(overrides):
     """The ModelFiles of the chat that --talk and --serve open, --model or the newest; None if one is fine-tuned now."""
-    if not {peek("talk", overrides), peek("serve", overrides)} & {"true", "yes", "1"}:
+    if not {peek(name, overrides).lower() for name in ("talk", "serve")} & {"true", "yes", "1"}:
         return None
     source = peek("model", overrides) or newest_run(peek("out", overrides) or Run().out, is_chat)
     files = find_model_files(source) if source else None
@@ -639,7 +639,7 @@ def choose_tuning(asked):
         origin = {"commits": commits, "base": hashes, "own": hash_talks(own)}
         parts = {"sources": sources, "counts": counts, "origin": origin}
         return TuningMaterial(
-            **describe_data(counts, origin),
+            **talk_data(counts, origin),
             base=(files, model, optimizer), tokenizer=tokenizer, lessons=list(lessons.values()), task=parts,
         )  # fmt: skip
 

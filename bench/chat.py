@@ -3,12 +3,18 @@
     uv run bench/chat.py                          everything, some ten minutes on two cores
     uv run bench/chat.py speed speculate int8     some of it
     uv run bench/chat.py speed --shape medium     of bench/cpu.py's shapes, `small` if none is named
+    uv run bench/chat.py int8 --run runs/NAME     what 8 bits cost a trained model, of 02's, 04's or 05's
+    uv run bench/chat.py v6e                      a decode step of 02's default model, compiled for the chip
 
 - `speed`: new tokens a second at batch 1, 8 and 64, next to 02's sampler in the same rounds; prompt tokens a second;
   the time from a request to its first token, of a prompt that fills half of the context.
 - `speculate`: a prompt that repeats 24 tokens, continued by a model that has learned them, without and with copies from
   the text so far; the accepted share.
-- `int8`: a step's weights in bytes, and tokens a second.
+- `int8`: a step's weights in bytes, and tokens a second; with --run also bits per byte of the offline corpus's held-out
+  documents, about 300 kB, with matrices as they are and in 8 bits.
+- `v6e`, only where it is named: bytes of weights and of the cache that a step of batch 1 reads when a text fills the
+  context, the bytes that XLA's cost analysis counts, and tokens a second at 1.64e12 bytes a second of HBM. The program
+  is compiled for the chip and not run: an upper bound, not a measurement. Needs libtpu.
 
 Each figure is the median of ROUNDS rounds, with the lowest and highest next to it; the rounds of figures that are
 compared alternate. Other load on the machine lowers all of them: compare figures of one run.
@@ -25,19 +31,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-train = importlib.import_module("02_train")
+tok, train = importlib.import_module("01_tokenizer"), importlib.import_module("02_train")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from onechip.answer import TextRequest
-from onechip.engine import Engine
+from onechip.chips import topology_devices
+from onechip.decoding import Decoder
+from onechip.engine import Engine, blank_turn
 from onechip.machine import keep_freed_memory
-from onechip.quantize import quantize_weights
+from onechip.quantize import quantize_weights, widen_weights
+from onechip.ring import empty_rings
 from onechip.speculate import CopyDraft
+from onechip.texts import bits_per_byte, first_documents
 from onechip.weights import bytes_of, cast_weights, weight_shapes
 
 ROUNDS, NEW = 5, 128
+HELD_OUT_BYTES = 300_000
+V6E_BYTES_A_SECOND = 1.64e12  # of HBM, as published
 PLAIN = dict(attn_impl="einsum", dtype="float32", window_pattern="L", head_dim=128)
 SHAPES = {
     "small": dict(n_head=2, aspect_ratio=64, vocab_size=8192, seq_len=512),
@@ -147,9 +160,54 @@ def weight_bytes(config):
     table = train.gpt_weights(config)
     shapes, found = weight_shapes(config, table), {}
     for name in ("float32", "bfloat16", "int8"):
-        cast = functools.partial(cast_weights, table, dtype=name)
-        kept = jax.eval_shape(functools.partial(quantize_weights, table) if name == "int8" else cast, shapes)
+        prepare, dtype = (quantize_weights, config.dtype) if name == "int8" else (cast_weights, name)
+        kept = jax.eval_shape(functools.partial(prepare, table, dtype=dtype), shapes)
         found[name] = bytes_of({part: kept[part] for part in kept if part != "wte"})
+    return found
+
+
+def measure_bits(source):
+    """Bits per byte of held-out documents by a trained model in float32, before and after its matrices go to 8 bits."""
+    config, params, tokenizer, model = train.open_model(source)
+    table, found = model.weights(config), {}
+    documents = first_documents((text for _, text in tok.read_documents(tok.offline_corpus().val)), HELD_OUT_BYTES)
+    encode, bos = functools.partial(tok.encode_batch, tokenizer), tok.opening_id(tokenizer)
+    answerer = train.make_answerer(config, model, train.make_mesh())
+    for name in ("float32", "int8"):
+        kept = quantize_weights(table, params, "float32") if name == "int8" else params
+        kept = jax.jit(lambda p: widen_weights(p, "float32", jnp.zeros(())))(kept)
+        found[name] = bits_per_byte(documents, encode, bos, answerer(kept), config.seq_len).per_byte
+    change = found["int8"] / found["float32"] - 1
+    return {name: round(bits, 5) for name, bits in found.items()} | {"change in percent": round(100 * change, 3)}
+
+
+def compile_decoding(config, int8, length, at_once=32):
+    """`write_tokens` for one row and a text of `length` tokens, compiled for a v6e: a jax.stages.Compiled."""
+    place = jax.sharding.SingleDeviceSharding(topology_devices("v6e:1x1")[0])
+    on_chip = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place))
+    decoder, table = Decoder(config, train.GPT, train.attention_parts(config), length), train.gpt_weights(config)
+    prepare = functools.partial(quantize_weights if int8 else cast_weights, table, dtype=config.dtype)
+    params = jax.eval_shape(prepare, weight_shapes(config, table))
+    rings = jax.eval_shape(functools.partial(empty_rings, config, 1, length))
+    write = jax.jit(functools.partial(decoder.write_tokens, span=length), donate_argnums=1)
+    return write.lower(on_chip(params), on_chip(rings), on_chip(blank_turn(1, at_once))).compile()
+
+
+def estimate_v6e():
+    """{dtype: bytes a step reads, and tokens a second if HBM is all that counts} of 02's default model."""
+    config, found = train.Config(), {}
+    rings = bytes_of(jax.eval_shape(functools.partial(empty_rings, config, 1, config.seq_len)))
+    for name in ("bfloat16", "int8"):
+        compiled = compile_decoding(config, name == "int8", config.seq_len)
+        weights = weight_bytes(config)[name]
+        counted = compiled.cost_analysis().get("bytes accessed", 0)
+        found[name] = {
+            "MB of weights": round(weights / 1e6, 1),
+            "MB of keys and values": round(rings / 1e6, 1),
+            "MB by cost analysis": round(counted / 1e6, 1),
+            "MB of temporary arrays": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
+            "tokens a second at most": round(V6E_BYTES_A_SECOND / (weights + rings)),
+        }
     return found
 
 
@@ -157,12 +215,17 @@ MEASURES = {"speed": measure_speed, "speculate": measure_speculation, "int8": me
 
 
 def main(words):
-    shape = words[words.index("--shape") + 1] if "--shape" in words else "small"
+    option = lambda name, default: words[words.index(name) + 1] if name in words else default
+    shape, source = option("--shape", "small"), option("--run", "")
     config = train.Config(**PLAIN, **SHAPES[shape])
     keep_freed_memory()
-    params = train.init_params(config, jax.random.key(0))
-    chosen = [name for name in MEASURES if name in words] or list(MEASURES)
-    print(json.dumps({"shape": shape} | {name: MEASURES[name](config, params) for name in chosen}, indent=2))
+    chosen = [name for name in [*MEASURES, "v6e"] if name in words] or list(MEASURES)
+    params, found = train.init_params(config, jax.random.key(0)), {"shape": shape}
+    for name in chosen:
+        found[name] = estimate_v6e() if name == "v6e" else MEASURES[name](config, params)
+    if source and "int8" in chosen:
+        found["int8"]["bits per byte"] = measure_bits(source)
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class Task(NamedTuple):
 
 
 class SweepTask(NamedTuple):
-    """A Task that 03 can sweep: its trials differ in their config, and begin with and learn from the same.
+    """A Task that can be swept: its trials differ in their config, and begin with and learn from the same.
 
     name: the notebook and constant that it is found by. choose(asked) -> SweepChoice, before a device is used; asked:
     {name: what the user set as text, "" if nothing}. prepare(config, material) -> what `train` is handed of a trial:

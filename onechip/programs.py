@@ -37,8 +37,8 @@ class Programs:
 
     def _placed(self, decoder, params):
         table, dtype = decoder.model.weights(decoder.config), decoder.config.dtype
-        prepare = quantize_weights if self._int8 else functools.partial(cast_weights, dtype=dtype)
-        return jax.jit(functools.partial(prepare, table), out_shardings=NamedSharding(self.mesh, self._whole))(params)
+        prepare = functools.partial(quantize_weights if self._int8 else cast_weights, table, dtype=dtype)
+        return jax.jit(prepare, out_shardings=NamedSharding(self.mesh, self._whole))(params)
 
     def load(self, params):
         """Other parameters of the (larger) model, in the place of those before."""

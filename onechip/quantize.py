@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from onechip.weights import cast_weights
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -32,13 +34,16 @@ def quantize_array(array, inputs):
     return Quantized(jnp.round(array / scale).astype(jnp.int8), scale)
 
 
-def quantize_weights(table, params):
-    """Parameters with each matrix of the blocks, and lm_head, as Quantized; table: the model's table of Weights."""
+def quantize_weights(table, params, dtype):
+    """Parameters with each matrix of the blocks, and lm_head, as Quantized, and all else as cast_weights leaves it.
+
+    table: the model's table of Weights.
+    """
 
     def small(weight, array):
         inputs, arrow, outputs = weight.axes.partition("->")
         whole = not (arrow and outputs) or weight.kind == "embed"
-        return array if whole else quantize_array(array, len(inputs))
+        return cast_weights(weight, array, dtype) if whole else quantize_array(array, len(inputs))
 
     return jax.tree.map(small, table, params)
 

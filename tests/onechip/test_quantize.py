@@ -1,5 +1,6 @@
 """Weights in 8 bits: what is rounded and by how much, that the engine reads them, and that a step reads them narrow."""
 
+import dataclasses
 import importlib
 import re
 
@@ -10,6 +11,7 @@ import pytest
 from configs import full_compiler, quick_compiler, random_params  # noqa: F401  (fixtures)
 from writers import GPT, ask, make_engine, params_of, random_prompt, written
 
+from onechip.engine import Engine
 from onechip.quantize import Quantized, is_quantized, quantize_weights, widen_weights
 from onechip.weights import bytes_of
 
@@ -18,7 +20,8 @@ train = importlib.import_module("02_train")
 
 def widened_gpt(params):
     """GPT's parameters, rounded to 8 bits and widened again."""
-    return jax.device_get(widen_weights(quantize_weights(train.gpt_weights(GPT), params), "float32", jnp.zeros(1)))
+    small = quantize_weights(train.gpt_weights(GPT), params, "float32")
+    return jax.device_get(widen_weights(small, "float32", jnp.zeros(1)))
 
 
 def test_each_output_channel_has_a_scale_of_its_own():
@@ -38,7 +41,7 @@ def test_each_output_channel_has_a_scale_of_its_own():
 def test_a_channel_of_zeros_stays_zero():
     """Every projection out of a block starts so."""
     table = {"w": train.gpt_weights(GPT)["lm_head"]}
-    wide = widen_weights(quantize_weights(table, {"w": jnp.zeros((4, 3))}), "float32", jnp.zeros(1))
+    wide = widen_weights(quantize_weights(table, {"w": jnp.zeros((4, 3))}, "float32"), "float32", jnp.zeros(1))
     np.testing.assert_array_equal(wide["w"], np.zeros((4, 3)))
 
 
@@ -46,13 +49,25 @@ def test_matrices_take_half_of_what_they_take_in_bfloat16():
     """Of the default model: all but embeddings and scalars, with 1 % for the scales."""
     table = train.gpt_weights(train.Config())
     shapes = jax.eval_shape(lambda key: train.init_params(train.Config(), key), jax.random.key(0))
-    small = jax.eval_shape(lambda params: quantize_weights(table, params), shapes)
+    small = jax.eval_shape(lambda params: quantize_weights(table, params, "bfloat16"), shapes)
     bytes_small = sum(
         map(bytes_of, [leaf for leaf in jax.tree.leaves(small, is_leaf=is_quantized) if is_quantized(leaf)])
     )
     counts = train.count_params(train.Config())
     assert bytes_small < 1.01 * (counts["attention"] + counts["mlp"] + counts["lm_head"])
     assert isinstance(small["lm_head"], Quantized) and not isinstance(small["wte"], Quantized)
+
+
+def test_what_is_no_matrix_is_in_the_compute_type():
+    """As without 8 bits; scalars stay. An embedding in float32 made a float32 stream, which no bfloat16 cache took."""
+    table = train.gpt_weights(GPT)
+    small = quantize_weights(table, random_params(GPT), "bfloat16")
+    assert small["wte"].dtype == jnp.bfloat16 and small["resid_lambdas"].dtype == jnp.float32
+    config = dataclasses.replace(GPT, dtype="bfloat16")
+    for int8 in (False, True):
+        engine = Engine(config, random_params(GPT), train.GPT, train.attention_parts(config), rows=1, int8=int8)
+        (answer,) = engine.generate_all([ask(random_prompt(GPT, 7), 5)])
+        assert len(answer.tokens) == 5
 
 
 @pytest.mark.slow
@@ -67,7 +82,7 @@ def test_an_engine_of_8_bits_writes_what_the_rounded_model_writes():
 
 def test_a_loop_reads_the_narrow_weights(full_compiler):  # noqa: F811
     """Widened ahead of a loop, the wide weights would be what each step reads: the loop's state has none of them."""
-    weight = quantize_weights({"w": train.gpt_weights(GPT)["lm_head"]}, {"w": jnp.ones((384, 640))})
+    weight = quantize_weights({"w": train.gpt_weights(GPT)["lm_head"]}, {"w": jnp.ones((384, 640))}, "float32")
 
     def loop(weight, x):
         step = lambda i, x: x @ widen_weights(weight, "float32", x)["w"] @ jnp.ones((640, 384))
