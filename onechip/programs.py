@@ -38,7 +38,9 @@ class Programs:
     def _placed(self, decoder, params):
         table, dtype = decoder.model.weights(decoder.config), decoder.config.dtype
         prepare = functools.partial(quantize_weights if self._int8 else cast_weights, table, dtype=dtype)
-        return jax.jit(prepare, out_shardings=NamedSharding(self.mesh, self._whole))(params)
+        whole = NamedSharding(self.mesh, self._whole)
+        params = jax.device_put(params, whole)  # from a training's mesh, which may have its devices in another order
+        return jax.jit(prepare, out_shardings=whole)(params)
 
     def load(self, params):
         """Other parameters of the (larger) model, in the place of those before."""

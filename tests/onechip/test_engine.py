@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from configs import quick_compiler, random_params  # noqa: F401  (a fixture for every test)
+from jax.sharding import NamedSharding, PartitionSpec
 from reference import gpt_logits, widen
 from writers import DRAWN, GPT, MODELS, Compilations, ask, make_engine, params_of, random_prompt, written
 
@@ -300,6 +301,9 @@ def report_devices():
         engine = make_engine(rows=8, at_once=4, mesh=build_mesh(jax.devices()[:count]))
         found[str(count)] = [answer.tokens for answer in engine.generate_all(requests)]
     found["rows"] = [shard.data.shape[0] for shard in engine.programs._rings[0][0][0].addressable_shards]
+    training = NamedSharding(build_mesh(jax.devices()[::-1], "data=2,fsdp=2"), PartitionSpec())
+    engine.load(jax.device_put(params_of("gpt"), training))
+    found["from another mesh"] = [answer.tokens for answer in engine.generate_all(requests[:2])]
     print(json.dumps(found))
 
 
@@ -315,6 +319,7 @@ def test_rows_are_split_over_devices():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == 4 and found["rows"] == [2, 2, 2, 2]
     assert found["1"] == found["4"] and len(found["4"]) == 11
+    assert found["from another mesh"] == found["4"][:2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
