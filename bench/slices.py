@@ -75,10 +75,12 @@ ULP = 2.0**-23  # the distance of float32 numbers, as a share of them
 def start_values(params, off=0.0):
     """Parameters with a pattern added: a model that has just been drawn has gradients that are nothing but rounding.
 
-    off: by which share of themselves they are too large.
+    off: by which share of themselves they are too large or too small, each as a coin says: a norm takes out what is the
+    same for all.
     """
     pattern = lambda p: 0.05 * jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape).astype(p.dtype)
-    return jax.tree.map(lambda p: (p + pattern(p)) * (1 + off), params)
+    signs = lambda p: jax.random.rademacher(jax.random.key(p.size), p.shape, p.dtype)
+    return jax.tree.map(lambda p: (p + pattern(p)) * (1 + off * signs(p)), params)
 
 
 def run_on(mesh, model, optimizer, config, steps=20, off=0.0):

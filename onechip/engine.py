@@ -28,7 +28,6 @@ from onechip.speculate import CopyDraft, ModelDraft, propose_copies
 SHORTEST_PROMPT = 32  # what prompts are padded to at least
 SHORTEST_SPAN = 256  # slots of a ring that a dispatch looks at, at least: doubled as texts grow
 PROMPT_TOKENS = 4096  # of prompts that a device reads together
-UNWATCHED = 4  # times as many tokens a dispatch, where nothing comes of having them sooner
 
 
 def sizes_between(first, last):
@@ -99,7 +98,7 @@ class Engine:
             if isinstance(self.draft, ModelDraft):
                 self.programs.write_drafted(self._with_forced(nothing, self.draft.count + 1), span)
                 continue
-            self.programs.write(self._with_forced(nothing, UNWATCHED * self.at_once), span)
+            self.programs.write(self._with_forced(nothing, self.at_once), span)
             if self.draft:
                 turn = self._with_forced(nothing, self.draft.count + 1)
                 self.programs.check(turn, span, propose_copies([None] * self.rows, nothing, self.draft))
@@ -254,8 +253,7 @@ class Engine:
             turn = self._with_forced(forced, self.draft.count + 1)
             written, proposed = self.programs.check(turn, span, drafts), np.sum(drafts >= 0, axis=1)
         else:
-            turn = self._with_forced(forced, UNWATCHED * self.at_once)
-            turn = turn._replace(limit=np.minimum(turn.limit, self._most_tokens(rows)))
+            turn = self._with_forced(forced, self.at_once)
             written, proposed = self.programs.write(turn, span), None
         for row in np.flatnonzero(active):
             count, own = int(written.counts[row]), int(turn.forced_count[row])
@@ -263,15 +261,6 @@ class Engine:
                 self.proposed += max(0, int(proposed[row]) - own)
                 self.accepted += max(0, count - 1 - own)
             self._deliver(row, written.tokens[row, :count], written.log_probabilities[row, :count])
-
-    def _most_tokens(self, rows):
-        """How many tokens of a row this dispatch may write; rows: answers, or None for one that rests.
-
-        A dispatch costs the host as much as half a token of a small model. The program is the same for all numbers.
-        """
-        requests = [answer.request for answer in rows if answer]
-        watched = any(request.on_tokens or request.hook or request.pause for request in requests)
-        return self.at_once if watched or self._waiting else UNWATCHED * self.at_once
 
     def _propose(self, rows, forced):
         """A CopyDraft's proposals (rows, count); None if there are none."""

