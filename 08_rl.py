@@ -214,9 +214,8 @@ if LOOK:
     toy_problem, _ = open_problems(["arithmetic", "counting", "sorting"])
     for number in range(3):
         print(toy_problem(number).prompt)
-    print(
-        f"held out: {toy_problem(0, held_out=True).prompt!r}; 'all of 1 2 3' for it: {toy_problem(0, True).grade('1 2 3')}"
-    )
+    held = toy_problem(0, held_out=True)
+    print(f"held out: {held.prompt!r}; to name every number gets {held.grade(' '.join(map(str, range(1000)))):.0f}")
 
 # %% [markdown]
 # ## Rollouts
@@ -314,7 +313,7 @@ def mean_of(values, mask):
 def make_roll(setup, reference, config, model, mesh):
     """Task.roll: (params, {"x": numbers of the answers}) -> ([batch] * updates, figures)."""
     limits, policy, run = setup.limits, setup.policy, setup.run
-    roller = make_roller(config, model, mesh, setup.tokenizer, limits, run.places)
+    roller = setup.roller
     judge, width = make_judge(config, model, mesh), batch_width(config, limits)
     kept = reference() if policy.kl else None
 
@@ -337,9 +336,9 @@ def make_roll(setup, reference, config, model, mesh):
 
 
 def make_score(setup, reference, config, model, mesh):
-    """Task.score: pass@1, pass@k, reward on held-out problems and the distance to the reference; val_loss: 1 - reward."""
+    """Task.score: pass@1, pass@k, reward on held-out problems, distance to the reference; val_loss: 1 - reward."""
     run = setup.run
-    ask, judge = make_asking(setup, config, model, mesh), make_judge(config, model, mesh)
+    ask, judge = make_asking(setup), make_judge(config, model, mesh)
 
     def score(params):
         rollouts, figures, _ = ask(params, min(run.asked, WATCHED))
@@ -353,11 +352,10 @@ def make_score(setup, reference, config, model, mesh):
 WATCHED = 64  # held-out problems of an evaluation on the way
 
 
-def make_asking(setup, config, model, mesh):
+def make_asking(setup):
     """A function of (params, count, temperature=the run's) -> (rollouts, figures, standard error of pass@1): the first
     `count` held-out problems, each `tries` times; the same draws whenever it is called."""
-    run = setup.run
-    roller = make_roller(config, model, mesh, setup.tokenizer, setup.limits, run.places)
+    run, roller = setup.run, setup.roller
 
     def ask(params, count, temperature=None):
         problems = [setup.problem(number, held_out=True) for number in range(count)]
@@ -371,10 +369,12 @@ def make_asking(setup, config, model, mesh):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What rollouts need: problem(number, held_out=False) -> Problem; the run's settings with nothing left open."""
+    """What rollouts need: problem(number, held_out=False) -> Problem; the run's settings with nothing left open. One
+    Roller serves training and tests: its programs are compiled once."""
 
     problem: object
     tokenizer: object
+    roller: Roller
     run: RewardRun
     policy: Policy
     limits: Limits
@@ -573,11 +573,12 @@ def limits_of(run):
     return Limits(run.question_tokens, run.answer_tokens, run.temperature, run.top_k)
 
 
-def make_setup(run, tokenizer):
+def make_setup(run, config, model, mesh, tokenizer):
     """(Setup of a RewardRun, commits of what was downloaded)."""
     problem, commits = open_problems(run.problems.split())
     policy = Policy(run.algorithm, run.clip, run.kl, run.answer_tokens)
-    return Setup(problem, tokenizer, run, policy, limits_of(run)), commits
+    roller = make_roller(config, model, mesh, tokenizer, limits_of(run), run.places)
+    return Setup(problem, tokenizer, roller, run, policy, limits_of(run)), commits
 
 
 # %%
@@ -589,14 +590,15 @@ if __name__ == "__main__":
     run, config = choose_rewarded(files, model, optimizer, base, OVERRIDES)
     limits = limits_of(run)
     batch_width(config, limits)
-    say(f"chat: {files.source if files else 'none: a chip-size one is assumed'}; problems: {run.problems}; "
-        f"{config.total_batch_size // run.answers} questions x {run.answers} answers a step, {run.algorithm}")  # fmt: skip
+    questions = config.total_batch_size // run.answers
+    say(f"chat: {files.source if files else 'none, one for a chip is assumed'}; problems: {run.problems}")
+    say(f"a step: {questions} questions x {run.answers} answers, by {run.algorithm}")
     if run.preflight not in ("", "here"):
         describe_phases(config, model, optimizer, limits, run.places, run.preflight)
     parts = {"loss": functools.partial(rollout_loss, Policy(run.algorithm)), "batch": arrays_of(Policy())}
     run = train.show_fit(config, run, model, optimizer=optimizer, **parts)
     tokenizer = tok.load_tokenizer(files.tokenizer)
-    setup, commits = make_setup(run, tokenizer)
+    setup, commits = make_setup(run, config, model, train.make_mesh(shape=run.mesh), tokenizer)
 
 # %% [markdown]
 # What can it do before? The same held-out problems are asked before and after, at the same temperature, with the same
@@ -607,7 +609,8 @@ if __name__ == "__main__":
 def describe_passes(when, figures, error, greedy):
     """A line of figures on held-out problems."""
     passes = ", ".join(f"{n.removeprefix('tasks/')} {v:.3f}" for n, v in figures.items() if "pass@" in n)
-    return f"{when}: {passes}, +- {error:.3f} of pass@1; likeliest answer {greedy:.3f}; reward {figures['tasks/reward']:.3f}"
+    reward = figures["tasks/reward"]
+    return f"{when}: {passes}, +- {error:.3f} of pass@1; likeliest answer {greedy:.3f}; reward {reward:.3f}"
 
 
 def ask_all(ask, params, run, when):
@@ -633,7 +636,7 @@ def make_good_and_bad(setup, ask, each=3):
 
 
 if __name__ == "__main__":
-    ask = make_asking(setup, config, model, train.make_mesh(shape=run.mesh))
+    ask = make_asking(setup)
     start = ask_all(ask, files.load_params(config, model), run, "before")
 
 # %%
@@ -649,6 +652,7 @@ if __name__ == "__main__":
             "start": functools.partial(load_start, files, config, model, optimizer, moments=False),
             "sample": make_good_and_bad(setup, ask),
             "draw": plot_rewards,
+            "traced": 1,  # on a CPU the trace of a rollout takes twenty times as long as the rollout
         }
 
     result, tokenizer, mirror = train.train_run(run, config, hub_token, model, optimizer, prepare_rewarded)

@@ -47,7 +47,7 @@ class Rollout(NamedTuple):
 
 
 def seed_of(*numbers):
-    """A seed, uint32, that follows from some numbers: a step's and an answer's, so that a resumed run draws the same."""
+    """A seed, uint32, that follows from some numbers, an answer's say: a resumed run draws the same."""
     return int.from_bytes(hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()[:4], "big")
 
 

@@ -1,7 +1,7 @@
 """Problems whose answers a rule can check: what reinforcement learning is given in place of conversations.
 
 A ProblemSet makes a prompt by its number, and a grade between 0 and 1 from the text that an answer ends with. An
-answer that is cut off, or in which the model wrote a tool's output itself, gets 0 whatever it says: see onechip/rollouts.
+answer that is cut off, or in which the model wrote a tool's output itself, gets 0 whatever it says (rollouts.py).
 """
 
 import hashlib
