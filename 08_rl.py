@@ -26,7 +26,7 @@
 #
 # | where | what | steps |
 # |---|---|---|
-# | laptop, no network | the newest chat in `runs/`, sums of two and three steps, by the calculator | LAPTOP_STEPS, about LAPTOP_MINUTES minutes |
+# | laptop, no network | the newest chat, sums of two and three steps by the calculator | 60, some 5 minutes |
 # | Colab, TPU v6e | GSM8K, 16 answers to each of 16 questions a step | 467, nanochat's; not timed |
 
 # %% cellView="form"
@@ -105,8 +105,9 @@ if "__file__" not in globals():  # a kernel only: scripts and imports find their
 # ## A reward, and what it is worth
 #
 # Of four answers to one question two are right. Each answer is worth its reward less the mean of its group: the right
-# ones are pushed up, the wrong ones down, and what the question's difficulty is falls out. If all four are right, or
-# all wrong, or the checker says yes to everything, nothing can be learned, and nothing is: the advantages are exactly 0.
+# ones are pushed up, the wrong ones down, and how hard the question is falls out. If all four are right, or all wrong,
+# or the checker says yes to everything, nothing can be learned, and nothing is: the advantages are exactly 0, and after
+# five such steps a line says so.
 
 # %%
 import onechip  # noqa: F401  (before jax: it keeps an idle libtpu quiet)
@@ -160,7 +161,7 @@ from onechip.mesh import gather
 from onechip.parts import array_files
 from onechip.plots import plot_rewards
 from onechip.ring import empty_rings
-from onechip.rollouts import Limits, Roller, describe_rollouts, pass_figures, rollout_batch, seed_of
+from onechip.rollouts import Limits, Roller, SameRewards, describe_rollouts, pass_figures, rollout_batch, seed_of
 from onechip.runfolder import TOKENIZER, newest_run
 from onechip.settings import Run, choose, peek, setting
 from onechip.verifiable import open_problems
@@ -315,7 +316,7 @@ def make_roll(setup, reference, config, model, mesh):
     limits, policy, run = setup.limits, setup.policy, setup.run
     roller = setup.roller
     judge, width = make_judge(config, model, mesh), batch_width(config, limits)
-    kept = reference() if policy.kl else None
+    kept, same = reference() if policy.kl else None, SameRewards()
 
     def roll(params, asked):
         begun, numbers = time.perf_counter(), np.asarray(asked["x"])
@@ -325,6 +326,7 @@ def make_roll(setup, reference, config, model, mesh):
         figures = describe_rollouts(rollouts) | {"rollouts/seconds": time.perf_counter() - begun}
         batch = rollout_batch(rollouts, width, roller.tokens.bos, policy)
         chosen, entropy = judge(params, batch)
+        same.look(figures)
         figures["rollouts/off_by"] = float(np.max(np.abs(chosen - batch["old"]) * batch["mask"]))
         figures["rollouts/entropy"] = mean_of(entropy, batch["mask"])
         if kept is not None:
@@ -484,7 +486,7 @@ REWARDED = {
     "steps_before": 0, "total_batch_size": 256, "num_iterations": 467, "eval_every": 60,
 }  # fmt: skip
 STEADY_MUON = {"momentum_start": 0.95, "momentum_warmup": 1, "beta1": 0.95, "momentum_end": 0.95}
-LAPTOP = {"total_batch_size": 64, "device_batch_size": 32, "num_iterations": 150, "eval_every": 50, "loss_slice": 1024}
+LAPTOP = {"total_batch_size": 64, "device_batch_size": 32, "num_iterations": 60, "eval_every": 20, "loss_slice": 1024}
 SIZES = {"answers": 16, "question_tokens": 384, "answer_tokens": 256, "places": 256}
 LAPTOP_SIZES = {"answers": 8, "question_tokens": 48, "answer_tokens": 48, "places": 64}
 RATE, LAPTOP_RATE = 0.05, 0.1  # of fine-tuning's

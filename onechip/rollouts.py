@@ -17,7 +17,7 @@ import numpy as np
 from onechip.answer import TextRequest
 from onechip.calculator import calculate
 from onechip.conversations import assistant_parts, render_prompt
-from onechip.errors import require
+from onechip.errors import require, say_above_bars
 from onechip.policy import group_advantages, pass_at_k, token_weights
 from onechip.tools import ToolRunner
 
@@ -149,6 +149,23 @@ def describe_rollouts(rollouts):
         "rollouts/same": share(len(rewards) == 1 for rewards in groups.values()),
         "rollouts/entropy": -share(chosen) if chosen else 0.0,
     }
+
+
+class SameRewards:
+    """Says once that a checker's rewards teach nothing: when `patience` steps in a row had no group with two of them."""
+
+    def __init__(self, patience=5):
+        self._left = self._patience = patience
+
+    def look(self, figures):
+        """Takes the figures of a step, as describe_rollouts has them."""
+        self._left = self._left - 1 if figures["rollouts/same"] == 1 else self._patience
+        if self._left == 0:
+            reward = figures["rollouts/reward"]
+            say_above_bars(
+                f"rollouts: for {self._patience} steps all answers to a question got the same reward, {reward:.2f} on "
+                "average: nothing is learned; problems are too easy or too hard, or the grade does not look at answers"
+            )
 
 
 def pass_figures(rollouts, count):

@@ -5,7 +5,16 @@ import re
 import pytest
 
 from onechip.errors import UserError
-from onechip.verifiable import RULES, Problem, ProblemSet, by_places, draw_problem, equals, is_for_questions, open_problems
+from onechip.verifiable import (
+    RULES,
+    Problem,
+    ProblemSet,
+    by_places,
+    draw_problem,
+    equals,
+    is_for_questions,
+    open_problems,
+)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -42,7 +51,14 @@ def test_what_only_has_the_answer_in_it_is_not_paid():
 
 def test_a_share_of_places_does_not_pay_for_more_words():
     grade = by_places(["1", "2", "3"])
-    assert [grade(s) for s in ("1 2 3", "1 2", "1 3 2", "1 2 3 4 5 6", "3 2 1", "")] == [1, 2 / 3, 1 / 3, 1 / 2, 1 / 3, 0]
+    assert [grade(s) for s in ("1 2 3", "1 2", "1 3 2", "1 2 3 4 5 6", "3 2 1", "")] == [
+        1,
+        2 / 3,
+        1 / 3,
+        1 / 2,
+        1 / 3,
+        0,
+    ]
 
 
 def test_letters_and_order():
