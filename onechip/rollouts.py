@@ -152,7 +152,7 @@ def describe_rollouts(rollouts):
 
 
 class SameRewards:
-    """Says once that a checker's rewards teach nothing: when `patience` steps in a row had no group with two of them."""
+    """Says once that rewards teach nothing: when `patience` steps in a row had no group with two of them."""
 
     def __init__(self, patience=5):
         self._left = self._patience = patience
