@@ -591,14 +591,14 @@ if __name__ == "__main__":
     files, model, optimizer, base = find_base(OVERRIDES)
     run, config = choose_rewarded(files, model, optimizer, base, OVERRIDES)
     limits = limits_of(run)
-    batch_width(config, limits)
+    short = dataclasses.replace(config, seq_len=batch_width(config, limits))  # a batch's rows, not the context
     questions = config.total_batch_size // run.answers
     say(f"chat: {files.source if files else 'none, one for a chip is assumed'}; problems: {run.problems}")
     say(f"a step: {questions} questions x {run.answers} answers, by {run.algorithm}")
     if run.preflight not in ("", "here"):
         describe_phases(config, model, optimizer, limits, run.places, run.preflight)
     parts = {"loss": functools.partial(rollout_loss, Policy(run.algorithm)), "batch": arrays_of(Policy())}
-    run = train.show_fit(config, run, model, optimizer=optimizer, **parts)
+    run = train.show_fit(short, run, model, optimizer=optimizer, **parts)
     tokenizer = tok.load_tokenizer(files.tokenizer)
     setup, commits = make_setup(run, config, model, train.make_mesh(shape=run.mesh), tokenizer)
 
