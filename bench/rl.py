@@ -1,4 +1,4 @@
-"""What a laptop's reinforcement learning reaches: pass@1 on held-out sums before and after; and a v6e's step, estimated.
+"""What a laptop's reinforcement learning reaches: pass@1 on held-out sums before and after; a v6e's step, estimated.
 
     uv run bench/rl.py --model runs/CHAT              # seeds 0, 1, 2 of 08 from one chat
     uv run bench/rl.py --model runs/CHAT --seeds 0    # one of them
@@ -77,7 +77,7 @@ def draw_picture(results, path):
 
 
 def estimate_v6e(depth=12, answers=256, prompt=256, new=256):
-    """{phase: seconds} of a step on a v6e: rollouts as bounds by HBM and FLOPs, the update as its compiler estimates."""
+    """{phase: seconds} of a step on a v6e: rollouts by bounds of HBM and FLOPs, the update by its compiler."""
     train, rl = (importlib.import_module(name) for name in ("02_train", "08_rl"))
     model, optimizer = train.model_named("nanochat"), train.optimizer_named("muon")
     base = train.config_with(model.config, optimizer.settings)(

@@ -178,7 +178,7 @@ def test_a_checker_that_does_not_look_changes_nothing(tmp_path, capsys, grade, m
 
     monkeypatch.setattr(rl.Roller, "_graded", graded)
     monkeypatch.setattr("onechip.rollouts.is_forged", lambda *_: False)
-    config = dataclasses.replace(CONFIG, num_iterations=6, eval_every=0, save_every=0)
+    config = dataclasses.replace(CONFIG, num_iterations=6, eval_every=0, save_every=0, weight_decay=0.0)
     result = run_task(tmp_path, config, grade=grade)
     rows = [row for row in read_rows(tmp_path) if "loss" in row]
     assert {row["rollouts/reward"] for row in rows} == {grade("")} and {row["loss"] for row in rows} == {0.0}
