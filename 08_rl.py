@@ -161,7 +161,7 @@ from onechip.mesh import gather
 from onechip.parts import array_files
 from onechip.plots import plot_rewards
 from onechip.ring import empty_rings
-from onechip.rollouts import Limits, Roller, SameRewards, describe_rollouts, pass_figures, rollout_batch, seed_of
+from onechip.rollouts import AnswerLimits, Roller, SameRewards, describe_rollouts, pass_figures, rollout_batch, seed_of
 from onechip.runfolder import TOKENIZER, newest_run
 from onechip.settings import Run, choose, peek, setting
 from onechip.verifiable import open_problems
@@ -379,7 +379,7 @@ class Setup:
     roller: Roller
     run: RewardRun
     policy: Policy
-    limits: Limits
+    limits: AnswerLimits
 
 
 def numbered_batches(config, position=None):
@@ -397,7 +397,7 @@ def learning_by_reward(config, setup, reference, origin=None):
     train.check_vocabulary(config, setup.tokenizer)
     require(host_count() == 1, "hosts", host_count(), "answers are drawn on one host: start it on one")
     require(not config.stages, "stages", config.stages, "a step's batch is what the model writes: leave it out")
-    kept = {name: getattr(run, name) for name in KEPT}
+    kept = {name: getattr(run, name) for name in KEPT_SETTINGS}
     revision = hashlib.sha256(json.dumps([kept, origin], sort_keys=True).encode()).hexdigest()[:20]
     return Task(
         batches=functools.partial(numbered_batches, config),
@@ -414,7 +414,7 @@ def learning_by_reward(config, setup, reference, origin=None):
     )
 
 
-KEPT = (  # settings that a run has from its first step to its last
+KEPT_SETTINGS = (  # settings that a run has from its first step to its last
     "problems", "algorithm", "answers", "updates", "clip", "kl", "temperature", "top_k", "question_tokens",
     "answer_tokens", "asked", "tries", "seed",
 )  # fmt: skip
@@ -549,7 +549,7 @@ def choose_rewarded(files, model, optimizer, base, overrides=""):
 
     def name(run, config):
         kept = fill_sizes(run)
-        settings = [{name: getattr(kept, name) for name in KEPT}, dataclasses.asdict(config)]
+        settings = [{name: getattr(kept, name) for name in KEPT_SETTINGS}, dataclasses.asdict(config)]
         source = Path(files.source).name if files else "none"
         return f"rl-{source}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]}"
 
@@ -571,8 +571,8 @@ def check_sizes(run, config):
 
 
 def limits_of(run):
-    """The Limits of a RewardRun."""
-    return Limits(run.question_tokens, run.answer_tokens, run.temperature, run.top_k)
+    """The AnswerLimits of a RewardRun."""
+    return AnswerLimits(run.question_tokens, run.answer_tokens, run.temperature, run.top_k)
 
 
 def make_setup(run, config, model, mesh, tokenizer):
@@ -615,7 +615,7 @@ def describe_passes(when, figures, error, greedy):
     return f"{when}: {passes}, +- {error:.3f} of pass@1; likeliest answer {greedy:.3f}; reward {reward:.3f}"
 
 
-def ask_all(ask, params, run, when):
+def ask_held_out(ask, params, run, when):
     """Asks all held-out problems, and prints what was right."""
     _, figures, error = ask(params, run.asked)
     greedy = ask(params, run.asked, 0)[1]["tasks/pass@1"]
@@ -639,7 +639,7 @@ def make_good_and_bad(setup, ask, each=3):
 
 if __name__ == "__main__":
     ask = make_asking(setup)
-    start = ask_all(ask, files.load_params(config, model), run, "before")
+    start = ask_held_out(ask, files.load_params(config, model), run, "before")
 
 # %%
 if __name__ == "__main__":
@@ -667,7 +667,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    ask_all(ask, result.params, run, "after")
+    ask_held_out(ask, result.params, run, "after")
     for question, text in result.samples:
         say(f"user: {question}\nmodel: {text}")
 
