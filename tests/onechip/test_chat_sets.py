@@ -83,7 +83,7 @@ def test_spelling_by_nanochats_rules():
 
 
 def test_gsm8k_as_problems(hub):
-    """Either split's own questions, graded by the number after ####: the solution's own text is right, another's is not;
+    """Either split's own questions, graded by the number after ####: only the solution is right;
     the commits of what was read come with them."""
     problem, commits = open_problems(["gsm8k"])
     source, wanted = hub_source("gsm8k")
