@@ -458,14 +458,17 @@ def test_forward_equals_a_float64_transformer(impl, kv_heads, pattern):
 
 
 @pytest.mark.usefixtures("full_compiler")
-@pytest.mark.parametrize("impl, channels", [slow_case("splash", 14), ("pallas", 128)])
-def test_forward_with_a_kernel_equals_a_float64_transformer(impl, channels):
-    """The kernels take the place of the readable attention, each layer with its own window."""
+@pytest.mark.parametrize("impl, channels, atol", [slow_case("splash", 14, 2e-5), ("pallas", 128, 4e-5)])
+def test_forward_with_a_kernel_equals_a_float64_transformer(impl, channels, atol):
+    """The kernels take the place of the readable attention, each layer with its own window.
+
+    With heads of 128 channels the readable attention is itself 1.8e-5 off, and 2.2e-5 with other tokens or another CPU.
+    """
     shape = dict(n_head=2, n_kv_head=1, head_dim=channels, aspect_ratio=channels, seq_len=128)
     config = replace(attn_impl=impl, window_pattern="S", **shape)
     params, tokens = random_params(config), random_tokens(config, 3, 128)
     logits = jax.jit(functools.partial(train.forward, config))(params, tokens)
-    np.testing.assert_allclose(logits, gpt_logits(config, widen(params), tokens), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logits, gpt_logits(config, widen(params), tokens), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name, old, new", [("resid_lambdas", 1.0, 1.001), ("x0_lambdas", 0.1, 0.1002)])
