@@ -263,7 +263,7 @@ QUICK = [
     *(("einsum", "MHA", 5), ("jax", "MQA", 5)),
     *(("einsum", "long", "half"), ("splash", "GQA", 77), ("pallas", "GQA", 129)),
 ]
-slow_case = functools.partial(pytest.param, marks=pytest.mark.slow)
+slow_case = functools.partial(pytest.param, marks=[pytest.mark.slow, pytest.mark.colab])
 
 
 def attention_case(impl, heads, window):
@@ -422,6 +422,7 @@ def bfloat16_case():
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 @pytest.mark.parametrize("impl", ["einsum", "jax", "splash", "pallas"])
 def test_attention_in_bfloat16_stays_near_its_inputs_precision(impl):
     """bfloat16 keeps 8 bits, 1.7e-3 rms: scores rounded before the softmax, or sums kept in it, would lose 3 more."""
@@ -578,6 +579,7 @@ def test_gradients_are_those_of_the_float64_loss(batch, tiny_loss_and_grads):
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 def test_bfloat16_stays_near_float32_in_loss_and_gradient(batch, tiny_loss_and_grads):
     """bfloat16 has 8 bits: its loss is within 1 % of float32's and every gradient, kept in float32, within 10 %."""
     loss, grads = tiny_loss_and_grads
@@ -591,6 +593,7 @@ def test_bfloat16_stays_near_float32_in_loss_and_gradient(batch, tiny_loss_and_g
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 @pytest.mark.parametrize("size", [5, 65])
 def test_loss_slices_change_neither_loss_nor_gradient(size, batch, tiny_loss_and_grads):
     """The loss goes slice by slice to save memory: one slice of 65 tokens gives what 5 of 13 and 13 of 5 give."""
