@@ -369,7 +369,7 @@ def qwen3_weights(config, params):
 
 
 def read_qwen3(config, arrays):
-    """The inverse of qwen3_weights: our parameters by their flat names, float32. ValueError if a norm is no plain one."""
+    """The inverse of qwen3_weights: our parameters by flat names, float32. ValueError for a norm with weights."""
     trained = [name for name, w in arrays.items() if "norm" in name and not np.all(np.asarray(w, np.float32) == 1)]
     if trained:
         raise ValueError(f"{trained[0]} has weights, which norms here have not")

@@ -260,8 +260,8 @@ class Config(train.TrainConfig):
         0.4, "deviation of the MLP's first matrix, in units of 1 / sqrt(n_embd)", fixed=True, above=0
     )
     compatible: bool = setting(
-        False, "only what transformers' NanoChat computes: no value_embeds, smear, backout or lambdas, qk_scale 1, full "
-        "windows; its cost in bits per byte is not measured", fixed=True,
+        False, "only what transformers' NanoChat computes: no value_embeds, smear, backout or lambdas, qk_scale 1, "
+        "full windows; its cost in bits per byte is not measured", fixed=True,
     )  # fmt: skip
     embed_dtype: str = setting(
         "float32", "how embeddings and their moments are stored", fixed=True, choices=("bfloat16", "float32")

@@ -105,8 +105,8 @@ FORMATS = {
 }  # fmt: skip
 NO_F16 = "is refused: activations of ReLU squared exceed 65,504, the largest F16, and come out as NaN; use gguf-bf16"
 TOKENIZER_NOTE = {
-    "gguf": "llama.cpp cuts digits in threes, the training cut them in twos, and it has no such pattern: in a text with "
-    "three digits in a row its ids differ from the training's. Pass ids where that matters.",
+    "gguf": "llama.cpp cuts digits in threes, the training cut them in twos, and it has no such pattern: in a text "
+    "with three digits in a row its ids differ from the training's. Pass ids where that matters.",
 }  # fmt: skip
 
 

@@ -197,7 +197,7 @@ class Run:
 
     export: str = setting(
         "",
-        "write a trained --run for other readers and end: torch, nanochat, qwen3, gguf-bf16, gguf-q8_0, stablehlo, int8",
+        "write a trained --run for other readers: torch, nanochat, qwen3, gguf-bf16, gguf-q8_0, stablehlo, int8",
     )
     run: str = setting("", "run's folder or Hub repository that --export is of")
     preset: str = setting("", "chip, gpu, laptop, or another one of the notebook; empty: by the device")

@@ -1,4 +1,4 @@
-"""A onechip GPT in plain PyTorch, for transformers: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
+"""A onechip GPT in plain PyTorch: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
 
 One file, copied next to the weights. It computes what onechip's JAX code computes: windows, grouped-query attention,
 lambdas of the residual stream, soft-capped logits, RoPE by minus theta, and, where the model has them, value
