@@ -1776,7 +1776,7 @@ def export_model(result, tokenizer, source="", notes=PLAIN_WEIGHTS, chat=False, 
 def export_as(name, source, out="runs", hub_repo=""):
     """Writes a trained model for another reader, by open_model's name for it; returns the folder.
 
-    name: a format of onechip/exports.py; source: as open_model's; hub_repo: where to upload; empty: <you>/onechip-FORMAT.
+    name: a format of onechip/exports.py; source: as open_model's; hub_repo: where to upload.
     UserError for a format that is not there, or lacks a part of this model.
     """
     from onechip import exports  # here, as nothing else needs it

@@ -399,7 +399,7 @@ def adopt_qwen3(about):
         "n_kv_head": about["num_key_value_heads"], "head_dim": about["head_dim"],
         "mlp_dim": about["intermediate_size"], "vocab_size": about["vocab_size"], "tile": 1,
         "seq_len": about["max_position_embeddings"], "rope_base": about.get("rope_theta") or rope["rope_theta"],
-        "attn_impl": "einsum",
+        "attn_impl": "einsum", "dtype": "float32",
     }  # fmt: skip
 
 

@@ -504,6 +504,7 @@ def adopt_nanochat(about):
         "n_kv_head": about.get("num_key_value_heads") or heads, "vocab_size": about["vocab_size"],
         "seq_len": about["max_position_embeddings"], "softcap": about.get("final_logit_softcapping") or 0.0,
         "rope_base": about.get("rope_theta") or rope.get("rope_theta", 10000.0), "attn_impl": "einsum",
+        "dtype": "float32",
     }  # fmt: skip
 
 

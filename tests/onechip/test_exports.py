@@ -101,7 +101,7 @@ def test_a_format_that_is_not_written_is_refused_in_one_line(name, words):
 @pytest.mark.parametrize(
     "form, name, words",
     [
-        ("nanochat", "05", "value embeddings; the smear; backout; weights of the embedding .* windows .* qk_scale"),
+        ("nanochat", "05", "value embeddings; the smear; backout; weights of the embedding .* windows .*qk_scale"),
         ("nanochat", "02", "weights of the embedding in later layers .x0_lambdas.; windows .SLS."),
         ("torch", "04", "c_gate"),
         ("qwen3", "02", "no architecture of another library"),
