@@ -220,3 +220,32 @@ def test_what_transformers_saves_is_opened(form, name, tokenizer, tmp_path, torc
         theirs = model(torch.tensor(tokens.astype(int))).logits.numpy()
     logits = np.asarray(train.forward(opened.config, opened.params, tokens, opened.model))
     np.testing.assert_allclose(logits, theirs, atol=5e-4 * np.abs(theirs).max())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def hostile_text():
+    """Characters of all of Unicode's planes, long runs, and text that looks like special tokens."""
+    planes = "".join(chr(i) for i in range(1, 0x110000, 337) if not 0xD800 <= i < 0xE000)
+    runs = "a" * 3000 + " " * 3000 + "\n" * 99 + "1" * 501 + "!?" * 700 + "\t\r\n" * 50
+    return f"{planes} {runs} <|bos|><|user_start|> <|bos|x> it's I'LL 12345\u00a0e\u0301\U0001f469\u200d\U0001f680"
+
+
+def test_all_readers_of_the_tokenizer_give_the_same_ids(tokenizer, tmp_path):
+    """tokenizers, transformers and tiktoken, from the exported folder, on a hostile text, and the text comes back."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    _, folder = leave("int8", "02", tokenizer, tmp_path)
+    text = hostile_text()
+    [[bos, *wanted]] = tok.encode_batch(tokenizer, [text])
+    assert bos not in wanted, "special-looking text is text"
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    auto = AutoTokenizer.from_pretrained(folder)
+    assert theirs.encode(text).ids == wanted
+    assert auto(text, add_special_tokens=False)["input_ids"] == wanted
+    assert tok.fast_encoder(tok.load_tokenizer(folder / "tokenizer.json")).encode_ordinary(text) == wanted
+    assert theirs.decode(wanted) == text == auto.decode(wanted)
