@@ -1,6 +1,6 @@
 """A table of what each export's own reader computes, next to the trainer: for README.
 
-uv run --with torch --with gguf bench/exports.py RUN [RUN ...]    RUN: a trained run's folder
+uv run --with torch --with gguf --with flatbuffers bench/exports.py RUN [RUN ...]    RUN: a trained run's folder
 
 Of every format that can hold the run: the largest difference of logits over real text (the source of Python's
 argparse), whether 64 greedy tokens are equal, and bits per byte of that text by the reader and by ours. A reader that

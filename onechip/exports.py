@@ -71,7 +71,7 @@ from llama_cpp_py_sync import Llama  # or any other program around llama.cpp
 print(Llama("{folder}/model-KIND.gguf").generate("The ", max_tokens=64, temperature=0.0))
 """
 PROGRAM = """
-import jax.export, numpy as np
+import jax.export, numpy as np  # and the package flatbuffers, installed
 from safetensors.numpy import load_file
 program = jax.export.deserialize(bytearray(open("{folder}/logits.stablehlo", "rb").read()))
 tokens = np.zeros((1, program.in_avals[-1].shape[1]), np.int32)  # your ids; pad a shorter text on the right

@@ -1,6 +1,7 @@
 """A trained model for JAX alone: a StableHLO program, and weights in 8 bits."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import export
 from safetensors.numpy import save_file
 
 from onechip.checkpoints import flatten, unflatten
+from onechip.errors import UserError
 from onechip.files import atomic_write, write_json
 from onechip.quantize import is_quantized, quantize_weights
 
@@ -19,8 +21,11 @@ def write_stablehlo(opened, folder, forward):
     """Writes params.safetensors and logits.stablehlo, a program of (weights by their names, tokens (b, seq_len) int32).
 
     It returns logits (b, seq_len, V) float32; b may be any number. forward(config, params, tokens, model): the model.
-    Pad a shorter text on the right: no token sees a later one.
+    Pad a shorter text on the right: no token sees a later one. JAX keeps programs by the package flatbuffers, and reads
+    them by it; UserError where it is missing.
     """
+    if not importlib.util.find_spec("flatbuffers"):
+        raise UserError("export stablehlo: needs the package flatbuffers: uv run --with flatbuffers NN_name.py ...")
     config = dataclasses.replace(opened.config, attn_impl="einsum", remat="none")
     flat = {name: np.asarray(array, np.float32) for name, array in flatten(opened.params).items()}
 
