@@ -1787,8 +1787,8 @@ def export_as(name, source, out="runs", hub_repo=""):
     opened = open_model(source)
     chat = about.get("task") == "chat" or "mixture" in about
     folder = exports.export_folder(source, out, name)
-    parts = exports.Source(opened, forward, tok.opening_id(opened.tokenizer), chat)
-    exports.leave(name, parts, folder, lambda place: tok.export_tokenizer(opened.tokenizer, place, chat))
+    parts = exports.Leaving(opened, forward, tok.opening_id(opened.tokenizer), chat)
+    exports.write_export(name, parts, folder, lambda place: tok.export_tokenizer(opened.tokenizer, place, chat))
     upload_folder(folder, names_of_files(folder), read_secret("HF_TOKEN"), hub_repo, f"onechip-{name}")
     return folder
 

@@ -124,7 +124,7 @@ def compare(run, opened, name, folder, tokens, size):
 def rows_of(run):
     """The table's rows of one run; a format that cannot hold it says why."""
     opened = train.open_model(run)
-    source = exports.Source(opened, train.forward, tok.opening_id(opened.tokenizer), False)
+    source = exports.Leaving(opened, train.forward, tok.opening_id(opened.tokenizer), False)
     length = min(256, opened.config.seq_len)
     ids = tok.encode_batch(opened.tokenizer, [inspect.getsource(argparse)])[0]
     tokens = np.array(ids[: ROWS * length + 1])
@@ -133,7 +133,7 @@ def rows_of(run):
     put = lambda place: tok.export_tokenizer(opened.tokenizer, place)
     for name in exports.FORMATS:
         try:
-            folder = exports.leave(name, source, exports.export_folder(run, "", name), put)
+            folder = exports.write_export(name, source, exports.export_folder(run, "", name), put)
         except UserError as error:
             print(f"{run.name} as {name}: {error}")
             continue

@@ -20,7 +20,7 @@ from onechip.plain_export import write_int8, write_stablehlo
 from onechip.torch_export import write_nanochat, write_own, write_safetensors
 
 
-class Source(NamedTuple):
+class Leaving(NamedTuple):
     """A model to export. opened: its config, params, tokenizer and model; forward: of logits; bos: what opens a text.
 
     chat: whether it was trained on conversations, whose template then goes along.
@@ -85,7 +85,7 @@ params = {{name: array for name, array in arrays.items() if not name.endswith(("
 params |= {{name: arrays[name + ".int8"] * arrays[name + ".scale"] for name in small}}
 """
 TRUSTED = TRANSFORMERS.replace("TRUST", ", trust_remote_code=True")
-KNOWN = TRANSFORMERS.replace("TRUST", "")
+BY_CLASS = TRANSFORMERS.replace("TRUST", "")
 
 FORMATS = {
     "torch": Format(
@@ -93,9 +93,9 @@ FORMATS = {
         "transformers, by the file modeling_onechip.py next to the weights", TRUSTED,
     ),
     "nanochat": Format(
-        lambda source, folder: write_nanochat(source.opened, folder, source.bos), "transformers' NanoChat", KNOWN
+        lambda source, folder: write_nanochat(source.opened, folder, source.bos), "transformers' NanoChat", BY_CLASS
     ),
-    "qwen3": Format(write_foreign, "transformers' and mlx-lm's Qwen3", KNOWN),
+    "qwen3": Format(write_foreign, "transformers' and mlx-lm's Qwen3", BY_CLASS),
     "gguf-bf16": Format(functools.partial(write_gguf_of, "BF16"), "llama.cpp", LLAMA.replace("KIND", "BF16")),
     "gguf-q8_0": Format(functools.partial(write_gguf_of, "Q8_0"), "llama.cpp", LLAMA.replace("KIND", "Q8_0")),
     "stablehlo": Format(
@@ -119,7 +119,7 @@ def check_format(name):
         raise UserError(f"export={name!r}: use one of {', '.join(FORMATS)}{hint}")
 
 
-def leave(name, source, folder, write_tokenizer):
+def write_export(name, source, folder, write_tokenizer):
     """Writes a format into a folder, completely or not at all: files, tokenizer, card. Returns the folder.
 
     write_tokenizer(folder): the tokenizer's files. A folder of an older export is replaced.

@@ -14,7 +14,7 @@ from onechip.errors import require
 from onechip.files import atomic_write, write_json
 
 CODE = Path(__file__).parent / "readers" / "modeling_onechip.py"
-EPS = float(np.finfo(np.float32).eps)  # of every norm
+NORM_EPS = float(np.finfo(np.float32).eps)  # of every norm
 IN_LAYERS = {"c_q", "c_k", "c_v", "c_proj", "c_fc", "mlp_proj"}
 AROUND = {"wte", "lm_head", "layers", "resid_lambdas", "x0_lambdas"}
 EXTRA = {"value_embeds", "value_gate"}, {"smear_gate", "smear_lambda", "backout_lambda"}
@@ -198,7 +198,7 @@ def nanochat_config(config, bos):
         "model_type": "nanochat",
         "hidden_act": "relu2",
         "attention_bias": False,
-        "rms_norm_eps": EPS,
+        "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "final_logit_softcapping": config.softcap or None,
     }

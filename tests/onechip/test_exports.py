@@ -62,16 +62,16 @@ def tokenizer():
 
 
 def source_of(name, tokenizer):
-    """exports.Source of a model with random weights."""
+    """exports.Leaving of a model with random weights."""
     config, model = MODELS[name]
     opened = train.Opened(config, draw(config, model.weights(config)), tokenizer, model)
-    return exports.Source(opened, train.forward, tok.opening_id(tokenizer), False)
+    return exports.Leaving(opened, train.forward, tok.opening_id(tokenizer), False)
 
 
 def leave(form, name, tokenizer, folder):
     source = source_of(name, tokenizer)
     put = lambda place: tok.export_tokenizer(tokenizer, place)
-    return source, exports.leave(form, source, folder / "exports" / form, put)
+    return source, exports.write_export(form, source, folder / "exports" / form, put)
 
 
 def ours(source, tokens):
