@@ -156,14 +156,14 @@ def export_card(name, source, folder):
         reader=FORMATS[name].reader,
         loading=FORMATS[name].loading.format(folder=str(folder)).strip(),
         notes="".join(f"\n{note}\n" for note in notes),
-        checked=UNCHECKED if name.startswith("gguf") else CHECKED,
+        checked=NOT_LOADED if name.startswith("gguf") else LOADED_NOTE,
     )
 
 
-CHECKED = """\
+LOADED_NOTE = """\
 How this format was checked: tests/onechip/test_exports.py of onechip writes it from models of odd sizes, loads it
 as above, and compares with the trainer's own. These weights were not compared: bench/exports.py does that."""
-UNCHECKED = (
+NOT_LOADED = (
     "**Not checked**: no llama.cpp was at hand. The file is written by the `gguf` package; nothing has loaded it."
 )
 CARD = """\
