@@ -1312,7 +1312,8 @@ if LOOK:
 
 # %% [markdown]
 # What a model learns from is a `Task`: where its batches come from, their loss, and how the model is scored. This one
-# is pretraining; fine-tuning on conversations differs in the mask, reinforcement learning in the batches and the loss.
+# is pretraining; fine-tuning on conversations differs in the mask, reinforcement learning in the loss, and its batches
+# are made by the model itself: `roll` makes them of what the loader brings, with the parameters of that very step.
 
 
 # %%
@@ -1381,11 +1382,28 @@ def make_steps(config, mesh, model, optimizer, task):
     """
     configs = {(c.total_batch_size, c.seq_len): c for _, c in stages_of(config)}
     if len(configs) == 1:
-        return make_train_step(config, mesh, model, optimizer, task.loss)
+        step = make_train_step(config, mesh, model, optimizer, task.loss)
+        return with_rollouts(step, task.roll(config, model, mesh)) if task.roll else step
     say(f"stages: compiling steps of {', '.join(f'{rows} x {tokens}' for rows, tokens in configs)} tokens")
     parts = {"model": model, "optimizer": optimizer, "loss": task.loss, "batch": task.arrays}
     steps = {shape: lower_step(c, mesh, **parts).compile() for shape, c in configs.items()}
     return lambda state, batch: steps[batch[task.arrays[0]].shape](state, batch)
+
+
+def with_rollouts(step, roll):
+    """A training step whose batches are made of the loader's by `roll`, with the parameters that it begins with.
+
+    Several batches are several updates of one step: at its learning rate, and with one row of metrics.
+    """
+
+    def roll_and_train(state, asked):
+        number = state["step"]
+        batches, figures = roll(state["params"], asked)
+        for batch in batches:
+            state, metrics = step({**state, "step": number + 0}, batch)  # a copy: the step's state is donated
+        return state, {**metrics, **figures}
+
+    return roll_and_train
 
 
 def train(config, task, run_dir, *, model=GPT, optimizer=ADAMW, mesh=None, sample=None, start=None, **session):

@@ -503,8 +503,8 @@ def tuned_fields(base, model, optimizer, preset, counts):
 
 
 def is_chat(about):
-    """Whether a config.json is that of a fine-tuned model."""
-    return (about.get("data") or {}).get("name") == "conversations"
+    """Whether a config.json is that of a fine-tuned model, be it by conversations or by rewards."""
+    return (about.get("data") or {}).get("name") in ("conversations", "rollouts")
 
 
 def choose_base(overrides):

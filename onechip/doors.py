@@ -76,7 +76,9 @@ class Task(NamedTuple):
     marks the best checkpoint. ask(config, model, mesh) -> the same for tasks such as CORE's, every eval_core_every
     steps. origin: JSON that says what the data is; facts: more JSON for config.json; files:
     {name: bytes} that the run keeps, such as its tokenizer. arrays: the names in a batch, each (total_batch_size,
-    seq_len), for programs that are compiled before there is one.
+    seq_len), for programs that are compiled before there is one. roll(config, model, mesh) -> a function of (params,
+    what `batches` yields) -> ([batch], figures for the step's row): where a step learns from what the model has just
+    written; each batch is an update. None: `batches` yields what is learned from. A run with stages cannot have it.
     """
 
     batches: Callable
@@ -88,6 +90,7 @@ class Task(NamedTuple):
     files: dict = {}
     arrays: tuple = ("x", "y")
     ask: Callable | None = None
+    roll: Callable | None = None
 
 
 class SweepTask(NamedTuple):

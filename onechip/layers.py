@@ -183,3 +183,22 @@ def head_losses(softcap, loss_slice, h, lm_head, y):
     """Cross-entropy in nats of every token, float32 (B, T); the arguments are head_loss's. No gradient is formed."""
     one_slice = lambda hy: slice_losses(softcap, hy[0], lm_head, hy[1])[0]
     return jax.lax.map(one_slice, in_slices(loss_slice, y.size, h, y)).reshape(y.shape)
+
+
+def head_log_probabilities(softcap, loss_slice, h, lm_head, y):
+    """(log-probabilities of targets y, entropies), float32 (B, T); the arguments are head_loss's.
+
+    Any function of the former may be differentiated. Logits are float32, as an engine's, so that the two agree, and
+    are computed once more for the gradient, slice by slice.
+    """
+    head = lm_head.astype(jnp.float32)  # so that its gradients of all slices are summed in float32
+
+    @jax.checkpoint
+    def one_slice(hy):
+        z = jnp.einsum("md,dv->mv", hy[0], head.astype(hy[0].dtype), preferred_element_type=jnp.float32)
+        z = jax.nn.log_softmax(soft_cap(softcap, z)[0])
+        entropy = -jnp.sum(jnp.exp(z) * z, axis=-1)
+        return jnp.take_along_axis(z, hy[1][:, None], axis=-1)[:, 0], jax.lax.stop_gradient(entropy)
+
+    chosen, entropy = jax.lax.map(one_slice, in_slices(loss_slice, y.size, h, y))
+    return chosen.reshape(y.shape), entropy.reshape(y.shape)

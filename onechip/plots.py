@@ -60,3 +60,25 @@ def plot_losses(rows, path, gzip_bpb=None):
     below.grid(alpha=0.3)
     with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=120)
+
+
+def plot_rewards(rows, path, gzip_bpb=None):
+    """Writes a PNG from rows of metrics.jsonl: the rewards of a step's answers, pass@1 on held-out problems, and below
+    how long the answers are. gzip_bpb is not used: the argument is plot_losses'."""
+    from matplotlib.figure import Figure
+
+    steps, asked = ([row for row in rows if name in row] for name in ("rollouts/reward", "tasks/pass@1"))
+    x, figure = [row["step"] for row in steps], Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    reward = [row["rollouts/reward"] for row in steps]
+    above.plot(x, reward, color="tab:blue", alpha=0.35, linewidth=0.8, label="reward of a step's answers")
+    for name in [name for name in (asked[-1] if asked else {}) if name.startswith("tasks/pass@")]:
+        above.plot([r["step"] for r in asked], [r[name] for r in asked], marker="o", label=f"{name[6:]}, held out")
+    above.set(ylabel="share", ylim=(0, 1.02), title=f"pass@1 {asked[-1]['tasks/pass@1']:.3f}" if asked else "training")
+    above.legend()
+    above.grid(alpha=0.3)
+    below.plot(x, [row["rollouts/tokens"] for row in steps], color="tab:green")
+    below.set(xlabel="step", ylabel="tokens", ylim=(0, None))
+    below.grid(alpha=0.3)
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=120)

@@ -26,7 +26,7 @@ CHARTS = {
     "tokens_per_second": "step/tokens per second",
     "mfu": "step/MFU",
 }
-IN_THE_BAR = {"loss": "{:.3f}", "lr": "{:.1e}"}
+IN_THE_BAR = {"loss": "{:.3f}", "lr": "{:.1e}", "rollouts/reward": "{:.3f}"}
 
 
 class EventFile:

@@ -24,14 +24,14 @@ def count_steps_before(files, optimizer):
     return step + files.about.get("config", {}).get("steps_before", 0)
 
 
-def load_start(files, config, model, optimizer, shapes):
+def load_start(files, config, model, optimizer, shapes, moments=True):
     """The state of step 0 of a run that begins with ModelFiles.
 
     shapes: the state as jax.ShapeDtypeStructs with shardings. UserError names an array that does not fit. Without
-    moments, those of an export say, the optimizer begins with its own.
+    moments, those of an export say, or where they are not wanted, the optimizer begins with its own.
     """
     step = jax.device_put(jnp.zeros((), jnp.int32), shapes["step"].sharding)
-    if has_moments(files, optimizer):
+    if moments and has_moments(files, optimizer):
         state, _, _ = unpack_state(files.weights.parent, shapes, load_onto)
         return state | {"step": step}
     place = lambda array, like: jax.device_put(array.astype(like.dtype), like.sharding)

@@ -28,7 +28,7 @@ TINY = {
     "learning_rate": 1e-2, "eval_every": 8, "eval_tokens": ROWS * 24, "sample_every": 0, "keep": 99, "save_every": 6,
 }  # fmt: skip
 PROMPTS = ("the", "import self", "water")
-TIMES = ("time", "tokens_per_second", "mfu")
+TIMES = ("time", "tokens_per_second", "mfu", "rollouts/seconds")
 
 
 def tiny(**changes):

@@ -25,13 +25,16 @@ TINY = {
     "04_maxtext": _MODEL + "--eval_every 2 --n_embd 48 --n_layer 2 --mlp_dim 80 --tile 16",
     "06_eval": "--examples 20 --text_bytes 4000",
     "07_chat": "--num_iterations 5 --eval_every 0 --eval_tokens 256 --device_batch_size 2 --questions 4",
+    "08_rl": "--num_iterations 2 --total_batch_size 8 --device_batch_size 8 --answers 4 --asked 4 --tries 2 --places 8 "
+    "--question_tokens 48 --answer_tokens 16",
 }
 
 
 def train_before(name, folder):
-    """Leaves a run of 02 in `folder` for a notebook that opens the newest one."""
-    if name in ("06_eval", "07_chat"):
-        command = [sys.executable, str(ROOT / "02_train.py"), *TINY["02_train"].split()]
+    """Leaves a run of 02 in `folder` for a notebook that opens the newest one, and a chat of it for 08."""
+    before = {"06_eval": ["02_train"], "07_chat": ["02_train"], "08_rl": ["02_train", "07_chat"]}
+    for earlier in before.get(name, []):
+        command = [sys.executable, str(ROOT / f"{earlier}.py"), *TINY[earlier].split()]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
