@@ -674,6 +674,7 @@ OVERRIDES = ""  # @param ["", "--data hub", "--num_iterations 200"] {allow-input
 
 if __name__ == "__main__":
     prepare()
+    train.export_if_asked(OVERRIDES)
     ready = find_chat(OVERRIDES)
 if __name__ == "__main__" and not ready:
     files, model, optimizer, base = choose_base(OVERRIDES)

@@ -250,3 +250,16 @@ def test_all_readers_of_the_tokenizer_give_the_same_ids(tokenizer, tmp_path):
     assert auto(text, add_special_tokens=False)["input_ids"] == wanted
     assert tok.fast_encoder(tok.load_tokenizer(folder / "tokenizer.json")).encode_ordinary(text) == wanted
     assert theirs.decode(wanted) == text == auto.decode(wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", ["02_train", "05_speedrun", "07_chat", "08_rl"])
+def test_each_command_exports_any_run(notebook, tokenizer, tmp_path):
+    """The same words by each notebook's command leave the same folder; a run that is not there is named in a line."""
+    _, folder = leave("nanochat", "compatible", tokenizer, tmp_path)
+    words = [sys.executable, str(ROOT / f"{notebook}.py"), "--export", "int8", "--run"]
+    done = subprocess.run([*words, str(folder)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (folder / "exports" / "int8").iterdir()} >= {"README.md", "int8.safetensors"}
+    done = subprocess.run([*words, "nowhere"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: model='nowhere'") and done.stderr.count("\n") == 1
