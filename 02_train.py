@@ -187,7 +187,7 @@ from onechip import fit
 from onechip.card import PLAIN_WEIGHTS, describe_result
 from onechip.chips import topology_devices
 from onechip.doors import Model, Optimizer, Task, config_with
-from onechip.errors import UserError, require, say
+from onechip.errors import UserError, require, say, stop_here
 from onechip.export import (
     config_of,
     export_weights,
@@ -1604,6 +1604,78 @@ if __name__ == "__main__" and CHECK:
     check_chip(what_to_check(sizes.preset), sizes)
 
 # %% [markdown]
+# ## Open
+#
+# `open_model` opens any run or export, whatever notebook trained it: `config.json` keeps the model's name, and only a
+# notebook next to this one is ever imported for it.
+
+
+# %%
+class Opened(NamedTuple):
+    """A trained model: what `generate` and the others take."""
+
+    config: TrainConfig
+    params: dict
+    tokenizer: object
+    model: Model
+
+
+ADOPTED = {"qwen3": "04_maxtext.SWIGLU", "nanochat": "05_speedrun.NANOCHAT"}  # transformers' classes that are ours
+
+
+def open_model(source, model=None):
+    """Opens a run's folder, an export or a Hub repository as Opened; UserError if it is no model, or not whole.
+
+    A folder of transformers' Qwen3 or NanoChat is opened as the notebook's model that computes the same.
+
+    model: only for one that no notebook here defines. A private repository asks for HF_TOKEN in the environment.
+    """
+    files, folder = find_model_files(source), Path(tok.__file__).parent
+    name = ADOPTED.get(files.about.get("model_type"), GPT.name)
+    model = model or find_model(files.about.get("model", name), folder, GPT)
+    if files.about.get("model_type") in ADOPTED and model.adopt:
+        config = model.config(**model.adopt(files.about))
+    else:
+        config = files.make_config(config_of(files.about, model, folder))
+    params, tokenizer = files.load_params(config, model), tok.load_tokenizer(files.tokenizer)
+    check_vocabulary(config, tokenizer)
+    return Opened(config, params, tokenizer, model)
+
+
+# %% [markdown]
+# Other programs have formats of their own. `--export FORMAT --run FOLDER` (or `export_as`, here) writes one of them to
+# `FOLDER/exports/FORMAT`, and to the Hub with a token: README.md has the table of readers, and how far each agrees.
+
+
+# %%
+def export_if_asked(overrides=""):
+    """With --export, writes that and ends the program: for the cell that chooses what runs."""
+    if wanted := peek("export", overrides):
+        export_as(wanted, peek("run", overrides), peek("out", overrides) or Run.out, peek("hub_repo", overrides))
+        stop_here()
+
+
+def export_as(name, source, out="runs", hub_repo=""):
+    """Writes a trained model for another reader, by open_model's name for it; returns the folder.
+
+    name: a format of onechip/exports.py; source: as open_model's; hub_repo: where to upload.
+    UserError for a format that is not there, or lacks a part of this model.
+    """
+    from onechip import exports  # here, as nothing else needs it
+
+    exports.check_format(name)
+    require(source, "run", source, "name the trained run: --export FORMAT --run FOLDER")
+    about = find_model_files(source).about
+    opened = open_model(source)
+    chat = "mixture" in about or "rollouts" in about
+    folder = exports.export_folder(source, out, name)
+    parts = exports.Leaving(opened, forward, tok.opening_id(opened.tokenizer), chat)
+    exports.write_export(name, parts, folder, lambda place: tok.export_tokenizer(opened.tokenizer, place, chat))
+    upload_folder(folder, names_of_files(folder), read_secret("HF_TOKEN"), hub_repo, f"onechip-{name}")
+    return folder
+
+
+# %% [markdown]
 # ## Run
 #
 # What runs is decided by what is here, reported in a line each, and yours to change: write `OVERRIDES` the way it
@@ -1631,8 +1703,10 @@ def presets_of(model, optimizer):
 def choose_parts(model, overrides="", run_class=Run, optimizer=ADAMW):
     """(Run, config, optimizer) with nothing left open, for the optimizer that --optimizer names, or this one.
 
-    The config has the optimizer's settings too. Prints what and why; UserError for what cannot be.
+    The config has the optimizer's settings too. Prints what and why; UserError for what cannot be. With --export,
+    writes that and ends the program.
     """
+    export_if_asked(overrides)
     wanted = peek("optimizer", overrides)
     if wanted and OPTIMIZERS.get(wanted) != optimizer.name:
         optimizer = optimizer_named(wanted)
@@ -1723,34 +1797,9 @@ if __name__ == "__main__":
 # in the environment or as a Colab secret) checkpoints have gone to a private repository of your own on the Hub all
 # along, and a new machine resumes from there. What is left to add is a model that a stranger can use: weights, config,
 # tokenizer, curve and a card with the lines that load it. Without a token the same folder stays here, as `model/`.
-#
-# `open_model` opens any run or export, whatever notebook trained it: `config.json` keeps the model's name, and only a
-# notebook next to this one is ever imported for it.
 
 
 # %%
-class Opened(NamedTuple):
-    """A trained model: what `generate` and the others take."""
-
-    config: TrainConfig
-    params: dict
-    tokenizer: object
-    model: Model
-
-
-def open_model(source, model=None):
-    """Opens a run's folder, an export or a Hub repository as Opened; UserError if it is no model, or not whole.
-
-    model: only for one that no notebook here defines. A private repository asks for HF_TOKEN in the environment.
-    """
-    files, folder = find_model_files(source), Path(tok.__file__).parent
-    model = model or find_model(files.about.get("model", GPT.name), folder, GPT)
-    config = files.make_config(config_of(files.about, model, folder))
-    params, tokenizer = files.load_params(config, model), tok.load_tokenizer(files.tokenizer)
-    check_vocabulary(config, tokenizer)
-    return Opened(config, params, tokenizer, model)
-
-
 LOADING = """
 import importlib
 train = importlib.import_module("02_train")  # in a clone of {repository}

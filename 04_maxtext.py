@@ -369,7 +369,10 @@ def qwen3_weights(config, params):
 
 
 def read_qwen3(config, arrays):
-    """The inverse of qwen3_weights: our parameters by their flat names, float32."""
+    """The inverse of qwen3_weights: our parameters by flat names, float32. ValueError for a norm with weights."""
+    trained = [name for name, w in arrays.items() if "norm" in name and not np.all(np.asarray(w, np.float32) == 1)]
+    if trained:
+        raise ValueError(f"{trained[0]} has weights, which norms here have not")
     flat = {"wte": arrays["model.embed_tokens.weight"], "lm_head": arrays["lm_head.weight"].T}
     for i, of in enumerate(swiglu_weights(config)["layers"]):
         for ours, theirs in QWEN3_MATRICES.items():
@@ -378,9 +381,31 @@ def read_qwen3(config, arrays):
     return {name: np.asarray(w, np.float32) for name, w in flat.items()}
 
 
+def write_qwen3(config, params, bos):
+    """(config.json, arrays) of a Qwen3 that computes the same; UserError if none does."""
+    reason = why_not_qwen3(config)
+    require(not reason, "export", "qwen3", reason)
+    return qwen3_config(config, bos), qwen3_weights(config, params)
+
+
+def adopt_qwen3(about):
+    """Fields of a Config for a Qwen3's config.json; UserError for what this model does not compute."""
+    for name, wanted in (("hidden_act", "silu"), ("tie_word_embeddings", False), ("use_sliding_window", False)):
+        require(about.get(name, wanted) == wanted, name, about.get(name), f"must be {wanted}: 04's model has no other")
+    require(not about.get("attention_bias"), "attention_bias", True, "must be false: this model has no biases")
+    rope = about.get("rope_parameters") or {}
+    return {
+        "n_embd": about["hidden_size"], "n_layer": about["num_hidden_layers"], "n_head": about["num_attention_heads"],
+        "n_kv_head": about["num_key_value_heads"], "head_dim": about["head_dim"],
+        "mlp_dim": about["intermediate_size"], "vocab_size": about["vocab_size"], "tile": 1,
+        "seq_len": about["max_position_embeddings"], "rope_base": about.get("rope_theta") or rope["rope_theta"],
+        "attn_impl": "einsum", "dtype": "float32",
+    }  # fmt: skip
+
+
 SWIGLU = train.GPT._replace(
     name="04_maxtext.SWIGLU", config=Config, weights=swiglu_weights, embed=swiglu_embed, block=swiglu_block,
-    read=read_qwen3, presets=PRESETS,
+    read=read_qwen3, write=write_qwen3, adopt=adopt_qwen3, presets=PRESETS,
 )  # fmt: skip
 
 # %%

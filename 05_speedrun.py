@@ -190,6 +190,7 @@ from onechip.machine import open_tensorboard, read_secret
 from onechip.rows import lookup
 from onechip.settings import change_default, check_fields, setting
 from onechip.tables import table
+from onechip.torch_export import read_nanochat
 from onechip.weights import Weight, constant, normal, uniform
 
 tok = importlib.import_module("01_tokenizer")
@@ -258,6 +259,10 @@ class Config(train.TrainConfig):
     fc_init: float = setting(
         0.4, "deviation of the MLP's first matrix, in units of 1 / sqrt(n_embd)", fixed=True, above=0
     )
+    compatible: bool = setting(
+        False, "only what transformers' NanoChat computes: no value_embeds, smear, backout or lambdas, qk_scale 1, "
+        "full windows; its cost in bits per byte is not measured", fixed=True,
+    )  # fmt: skip
     embed_dtype: str = setting(
         "float32", "how embeddings and their moments are stored", fixed=True, choices=("bfloat16", "float32")
     )
@@ -307,6 +312,8 @@ class Config(train.TrainConfig):
 
     def __post_init__(self):
         check_fields(self)
+        for name, value in COMPATIBLE.items() if self.compatible else ():
+            object.__setattr__(self, name, value)
         for name in DIALED:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, by_depth(self, name))
@@ -331,6 +338,10 @@ class Config(train.TrainConfig):
             yield smaller
 
 
+# The model as transformers has it.
+COMPATIBLE = {
+    "value_embeds": False, "smear": False, "backout": False, "lambdas": False, "qk_scale": 1.0, "window_pattern": "L",
+}  # fmt: skip
 DIALED = ("n_embd", "n_kv_head", "total_batch_size", "num_iterations")  # in this order: each may need those before
 
 
@@ -478,9 +489,28 @@ def nanochat_readout(config, params, streams):
     return rms_norm(x)
 
 
+def adopt_nanochat(about):
+    """Fields of a compatible Config for the config.json of a transformers NanoChat; UserError for what it cannot be."""
+    width, heads = about["hidden_size"], about["num_attention_heads"]
+    head_dim = about.get("head_dim") or width // heads
+    require(about.get("hidden_act", "relu2") == "relu2", "hidden_act", about.get("hidden_act"), "must be relu2")
+    require(
+        about["intermediate_size"] == 4 * width, "intermediate_size", about["intermediate_size"], f"must be {4 * width}"
+    )
+    require(heads * head_dim == width, "head_dim", head_dim, f"times num_attention_heads={heads} must be {width}")
+    rope = about.get("rope_parameters") or {}
+    return {
+        "compatible": True, "depth": about["num_hidden_layers"], "n_embd": width, "head_dim": head_dim,
+        "n_kv_head": about.get("num_key_value_heads") or heads, "vocab_size": about["vocab_size"],
+        "seq_len": about["max_position_embeddings"], "softcap": about.get("final_logit_softcapping") or 0.0,
+        "rope_base": about.get("rope_theta") or rope.get("rope_theta", 10000.0), "attn_impl": "einsum",
+        "dtype": "float32",
+    }  # fmt: skip
+
+
 NANOCHAT = train.Model(
     "05_speedrun.NANOCHAT", Config, nanochat_weights, nanochat_embed, nanochat_block, nanochat_readout,
-    presets=PRESETS,
+    read=read_nanochat, adopt=adopt_nanochat, presets=PRESETS,
 )  # fmt: skip
 
 # %%

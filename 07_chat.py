@@ -26,7 +26,7 @@
 #
 # | where | what | steps |
 # |---|---|---|
-# | laptop, no network | the newest run in `runs/`, on conversations made by rule | 350, about 5 minutes |
+# | laptop, no network | the newest run in `runs/`, on conversations made by rule | 300, about 5 minutes |
 # | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | about 930, of 2^19 tokens; not timed |
 #
 # A laptop's model of 05 then has 99 % of held-out sums and counted letters right, by calling the calculator, and spells
@@ -483,7 +483,7 @@ TUNED = {
     "final_lr_frac": 0.0, "weight_decay": 0.0, "sample_every": 0, "eval_core_every": 0, "save_every": 0,
 }  # fmt: skip
 MUON_TUNED = {"momentum_start": 0.85, "momentum_warmup": 300, "beta1": 0.95, "momentum_end": 0.95}
-LAPTOP_TUNED = {"num_iterations": 350, "eval_every": 175, "eval_tokens": 1 << 14}
+LAPTOP_TUNED = {"num_iterations": 300, "eval_every": 150, "eval_tokens": 1 << 14}
 DEVICE_FIELDS = ("attn_impl", "dtype", "device_batch_size", "loss_slice")
 REFERENCE_BATCH = 2**19  # tokens of a batch at which Muon's rates are what they are called
 
@@ -674,6 +674,7 @@ OVERRIDES = ""  # @param ["", "--data hub", "--num_iterations 200"] {allow-input
 
 if __name__ == "__main__":
     prepare()
+    train.export_if_asked(OVERRIDES)
     ready = find_chat(OVERRIDES)
 if __name__ == "__main__" and not ready:
     files, model, optimizer, base = choose_base(OVERRIDES)

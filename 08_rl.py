@@ -588,6 +588,7 @@ OVERRIDES = ""  # @param ["", "--problems sorting", "--algorithm dr-grpo"] {allo
 
 if __name__ == "__main__":
     prepare()
+    train.export_if_asked(OVERRIDES)
     files, model, optimizer, base = find_base(OVERRIDES)
     run, config = choose_rewarded(files, model, optimizer, base, OVERRIDES)
     limits = limits_of(run)

@@ -24,6 +24,8 @@ class Model(NamedTuple):
     Embeddings with a row for each token are read with onechip.rows.lookup, of the tokens that these two are given.
     readout(config, params, streams) -> final hidden states (B, T, D), which lm_head multiplies.
     read(config, arrays) -> its parameters, by their flat names, from an export in another library's format.
+    write(config, params, bos) -> (config.json, arrays by name) of such an export; UserError if none computes the same.
+    adopt(about) -> fields of its Config, from the config.json of such an export.
     presets: {preset: fields} that suit it, "laptop" say.
     """
 
@@ -34,6 +36,8 @@ class Model(NamedTuple):
     block: Callable
     readout: Callable
     read: Callable | None = None
+    write: Callable | None = None
+    adopt: Callable | None = None
     presets: dict = {}
 
 

@@ -195,6 +195,11 @@ def peek(name, overrides=""):
 class Run:
     """What to run, on which data, and where to leave it."""
 
+    export: str = setting(
+        "",
+        "write a trained --run for other readers: torch, nanochat, qwen3, gguf-bf16, gguf-q8_0, stablehlo, int8",
+    )
+    run: str = setting("", "run's folder or Hub repository that --export is of")
     preset: str = setting("", "chip, gpu, laptop, or another one of the notebook; empty: by the device")
     optimizer: str = setting("", "adamw or muon; empty: the notebook's own")
     data: str = setting("", "offline, fineweb, climbmix, fineweb10b or a folder of shards; empty: as suits the preset")

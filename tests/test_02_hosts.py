@@ -21,7 +21,7 @@ from onechip.parts import open_arrays
 from onechip.runfolder import RunFolder
 
 tok = importlib.import_module("01_tokenizer")
-pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.slow, pytest.mark.colab]
 
 # B 8 in microbatches of 1 | T 24 | D 16 | N 2 | K 1 | H 8 | L 2: on four devices each adds up two microbatches
 FLAGS = (
@@ -215,7 +215,8 @@ def test_killed_hosts_end_the_run_which_resumes(text, tmp_path, alone):
         )
         assert line in survivor.err and "Traceback" not in survivor.err and "Check failure" not in survivor.err
     said = run_hosts(text, tmp_path, 2, *SPLIT, port=port)
-    assert [one.rc for one in said] == [0, 0] and "continues after step 20 of 26" in said[0].out
+    # Step 20's checkpoint may not have been complete on both when host 1 died: then it is that of step 16.
+    assert [one.rc for one in said] == [0, 0] and re.search(r"continues after step (20|16) of 26", said[0].out)
     assert_same_run(tmp_path / "run", alone)
 
 

@@ -263,7 +263,7 @@ QUICK = [
     *(("einsum", "MHA", 5), ("jax", "MQA", 5)),
     *(("einsum", "long", "half"), ("splash", "GQA", 77), ("pallas", "GQA", 129)),
 ]
-slow_case = functools.partial(pytest.param, marks=pytest.mark.slow)
+slow_case = functools.partial(pytest.param, marks=[pytest.mark.slow, pytest.mark.colab])
 
 
 def attention_case(impl, heads, window):
@@ -422,6 +422,7 @@ def bfloat16_case():
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 @pytest.mark.parametrize("impl", ["einsum", "jax", "splash", "pallas"])
 def test_attention_in_bfloat16_stays_near_its_inputs_precision(impl):
     """bfloat16 keeps 8 bits, 1.7e-3 rms: scores rounded before the softmax, or sums kept in it, would lose 3 more."""
@@ -458,14 +459,17 @@ def test_forward_equals_a_float64_transformer(impl, kv_heads, pattern):
 
 
 @pytest.mark.usefixtures("full_compiler")
-@pytest.mark.parametrize("impl, channels", [slow_case("splash", 14), ("pallas", 128)])
-def test_forward_with_a_kernel_equals_a_float64_transformer(impl, channels):
-    """The kernels take the place of the readable attention, each layer with its own window."""
+@pytest.mark.parametrize("impl, channels, atol", [slow_case("splash", 14, 2e-5), ("pallas", 128, 4e-5)])
+def test_forward_with_a_kernel_equals_a_float64_transformer(impl, channels, atol):
+    """The kernels take the place of the readable attention, each layer with its own window.
+
+    With heads of 128 channels the readable attention is itself 1.8e-5 off, and 2.2e-5 with other tokens or another CPU.
+    """
     shape = dict(n_head=2, n_kv_head=1, head_dim=channels, aspect_ratio=channels, seq_len=128)
     config = replace(attn_impl=impl, window_pattern="S", **shape)
     params, tokens = random_params(config), random_tokens(config, 3, 128)
     logits = jax.jit(functools.partial(train.forward, config))(params, tokens)
-    np.testing.assert_allclose(logits, gpt_logits(config, widen(params), tokens), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logits, gpt_logits(config, widen(params), tokens), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name, old, new", [("resid_lambdas", 1.0, 1.001), ("x0_lambdas", 0.1, 0.1002)])
@@ -575,6 +579,7 @@ def test_gradients_are_those_of_the_float64_loss(batch, tiny_loss_and_grads):
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 def test_bfloat16_stays_near_float32_in_loss_and_gradient(batch, tiny_loss_and_grads):
     """bfloat16 has 8 bits: its loss is within 1 % of float32's and every gradient, kept in float32, within 10 %."""
     loss, grads = tiny_loss_and_grads
@@ -588,6 +593,7 @@ def test_bfloat16_stays_near_float32_in_loss_and_gradient(batch, tiny_loss_and_g
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 @pytest.mark.parametrize("size", [5, 65])
 def test_loss_slices_change_neither_loss_nor_gradient(size, batch, tiny_loss_and_grads):
     """The loss goes slice by slice to save memory: one slice of 65 tokens gives what 5 of 13 and 13 of 5 give."""

@@ -130,7 +130,7 @@ def test_a_stop_command_ends_a_trial_within_an_evaluation(server, tmp_path):
     assert other.summary["outcome"] == "finished" and len(scores(other)) == 10
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_trial_whose_agent_ends_is_resumed_by_the_next(server, tmp_path, how):
     """The sweep hands the trial out again under its id; it resumes from its checkpoint and logs no score twice."""
     server.silence = 3.0

@@ -382,6 +382,7 @@ def test_without_a_server_the_constant_counts(ask):
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 def test_secrets_as_colab_gives_them(tmp_path):
     """A secret granted, denied, missing or late: its value, or None with one line that says why; never an error."""
     secrets = {"GRANTED": "s3cret", "DENIED": "NotebookAccessError", "LATE": "TimeoutException"}
@@ -408,6 +409,7 @@ def origin(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_notebook_alone_on_colab(name, tmp_path, content, origin):
     """One .ipynb alone runs from top to bottom: it fetches the rest, replaces no package and says there is no TPU.
@@ -436,6 +438,7 @@ def test_notebook_alone_on_colab(name, tmp_path, content, origin):
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 def test_the_machine_is_given_back_when_all_is_on_the_hub(tmp_path, content, origin):
     """With a granted token and GIVE_BACK ticked: the model and its card are on the Hub before the machine goes."""
     notebook = nbformat.read(ROOT / "notebooks" / "02_train.ipynb", as_version=4)

@@ -43,6 +43,7 @@ def engine_of(name, **settings):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.slow
+@pytest.mark.colab
 def test_greedy_is_what_generate_writes(name):
     """Every answer is 02's, whatever shares the batch: rows of all lengths, taken again in the middle of others."""
     config, _ = MODELS[name]
@@ -82,6 +83,7 @@ def test_a_row_is_taken_again_without_a_new_program():
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 def test_a_warm_engine_compiles_nothing_more(monkeypatch):
     """Texts that grow through spans of 16, 32, 64 and 72 slots, of prompts of all sizes: written as ever."""
     monkeypatch.setattr("onechip.engine.SHORTEST_SPAN", 16)
@@ -138,6 +140,7 @@ def test_a_row_draws_the_same_alone_and_among_others():
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_drawn_tokens_follow_the_softmax_of_the_top_k(top_k):
     """4,000 seeds, two tokens each: both are as frequent as softmax(logits / temperature) says (p > 1e-6)."""
@@ -284,6 +287,7 @@ def report_devices():
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 def test_rows_are_split_over_devices():
     """On four devices each has two of eight rows, and every answer is that of one device."""
     paths = [str(TESTS.parent), str(TESTS), str(TESTS / "support"), str(TESTS / "onechip")]

@@ -43,6 +43,7 @@ def plain_answers():
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 @pytest.mark.parametrize("kind", DRAFTS)
 def test_it_writes_what_the_plain_engine_writes(kind):
     """Token for token, at any temperature: tokens that were taken back have left no trace, in no ring."""
@@ -56,6 +57,7 @@ def test_it_writes_what_the_plain_engine_writes(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 def test_the_model_itself_is_always_right():
     """Its proposals are taken, greedy and drawn, as it draws with the same noise; but for the ends of answers."""
     engine = make_engine(rows=3, draft=small_model(GPT, params_of("gpt")))
@@ -67,6 +69,7 @@ def test_the_model_itself_is_always_right():
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 def test_forced_tokens_go_through_a_draft():
     """More of them than proposals: they are written as they are, and are no proposals that count."""
     forced, prompt = [int(i) for i in np.random.default_rng(3).integers(0, 31, 9)], random_prompt(GPT, 7)
@@ -82,6 +85,7 @@ def test_forced_tokens_go_through_a_draft():
 
 
 @pytest.mark.slow
+@pytest.mark.colab
 def test_drawn_tokens_are_distributed_as_the_model_says():
     """3,000 seeds: the second token after the commonest first one follows softmax(logits / T), p > 1e-6."""
     params, prompt, temperature = random_params(DRAWN), [13, 4, 8], 1.7

@@ -1,5 +1,6 @@
 """A chat in a real terminal, by keys, and through a pipe."""
 
+import codecs
 import contextlib
 import os
 import pty
@@ -45,7 +46,7 @@ class Terminal:
         streams = {"stdin": screen, "stdout": screen, "stderr": screen}
         self._process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         os.close(screen)
-        self.shown = ""
+        self.shown, self._decoder = "", codecs.getincrementaldecoder("utf-8")()  # a read may end within a character
         return self
 
     def __exit__(self, *exception):
@@ -59,7 +60,7 @@ class Terminal:
     def wait_for(self, text):
         """Reads until `text` has been shown; returns what was shown since the last one."""
         while text not in self.shown:
-            self.shown += os.read(self.keys, 1 << 16).decode()
+            self.shown += self._decoder.decode(os.read(self.keys, 1 << 16))
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
@@ -67,7 +68,7 @@ class Terminal:
         """Reads to the end of the output and returns the program's exit status."""
         with contextlib.suppress(OSError):  # Linux reports the end of a pseudo-terminal so
             while more := os.read(self.keys, 1 << 16):
-                self.shown += more.decode()
+                self.shown += self._decoder.decode(more)
         return self._process.wait()
 
 

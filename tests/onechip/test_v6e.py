@@ -105,6 +105,7 @@ def test_every_preset_compiles_for_a_v6e(preset):
     assert fit.step_seconds > 0
 
 
+@pytest.mark.colab
 def test_the_default_model_fits_a_v6e_with_room():
     """All 16 layers at 4 x 2048 tokens: under 7 GiB of 31.25, two kernels a layer, twice the plain design's speed."""
     config = train.Config(**train.PRESETS["chip"] | {"device_batch_size": 4, "total_batch_size": 4})
@@ -154,8 +155,8 @@ def test_muon_and_value_embeddings_compile_for_a_v6e():
 
 
 def test_remat_takes_less_of_a_v6e_and_more_of_its_time():
-    """Four layers of 16 x 512 tokens: what is not kept is not there, and is computed again."""
-    config = dataclasses.replace(CHIP, n_head=4, device_batch_size=16, total_batch_size=16)
+    """Two layers of 16 x 512 tokens: what is not kept is not there, and is computed again."""
+    config = dataclasses.replace(CHIP, device_batch_size=16, total_batch_size=16)
     fits = [fit_on_v6e(dataclasses.replace(config, remat=remat)) for remat in ("none", "dots", "all")]
     none, dots, everything = (fit.parts["activations"] for fit in fits)
     assert everything < 0.85 * none and everything <= dots <= none
@@ -240,14 +241,18 @@ def test_a_checks_pieces_compile_for_a_v6e():
 
 @pytest.mark.parametrize("name", ["gpt", "swiglu", "nanochat"])
 def test_a_checks_steps_compile_for_a_v6e(name):
-    """Two layers of each model at its full width, and the program that writes: they fit, and have an estimate."""
+    """Two layers of each model at its full width, and the program that writes: they fit, and have an estimate.
+
+    Steps of the others are compiled by tests of their own: the default model's, and the gated one's two layers.
+    """
     subject = train.what_to_check("chip").subjects[name]
     config = dataclasses.replace(subject.config, **{"gpt": {"aspect_ratio": 384}, "swiglu": {"n_layer": 2}}.get(
         name, {"depth": 2}), total_batch_size=2 * subject.config.device_batch_size)  # fmt: skip
     assert config.n_layer == 2 and config.n_embd in (768, 1024)
     work = train.workload(work_on("v6e:1x1").mesh, subject.model, subject.optimizer)
-    fit = measure(work, config)
-    assert fit.fits and fit.step_seconds > 0 and count_kernels(fit.compiled) == 2 * 2 + 1
+    if name == "nanochat":
+        fit = measure(work, config)
+        assert fit.fits and fit.step_seconds > 0 and count_kernels(fit.compiled) == 2 * 2 + 1
     params = on_v6e(train.state_shapes(config, work.mesh, subject.model, subject.optimizer)["params"])
     prompt, key = on_v6e(jax.eval_shape(lambda: (jax.numpy.zeros((1, 64), "int32"), jax.random.key(0))))
     compiled = train.make_sampler(config, 9, model=subject.model).lower(params, prompt, 64, key).compile()
@@ -256,7 +261,6 @@ def test_a_checks_steps_compile_for_a_v6e(name):
     assert subject.config.n_layer == 12
 
 
-@pytest.mark.slow
 def test_a_slice_gathers_weights_and_hides_most_of_it():
     """v6e:2x4: an eighth of the state on a chip, gathers taken apart between products, gradients summed in shares."""
     config = train.Config(n_head=2, aspect_ratio=128, vocab_size=4096, total_batch_size=32)
