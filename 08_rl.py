@@ -472,9 +472,11 @@ def describe_phases(config, model, optimizer, limits, places, topology):
 # ## Run
 #
 # The newest chat in `runs/` is taken; without one it says what to run first. Its shape stays; rates are a small share
-# of fine-tuning's, rise for five steps, and fall to 0. The optimizer begins with empty moments: those of fine-tuning are
-# of another loss, whose gradients are far larger. Rates are what breaks a run first: four times the laptop's took one
-# seed from 28 to 71 % and another to 0, for good, in six steps: where no answer is right, nothing is learned any more.
+# of fine-tuning's, rise for five steps and fall to 0. The optimizer begins with empty moments: those of fine-tuning are
+# of another loss, whose gradients are far larger.
+#
+# A rate too high is what breaks a run first. Four times the laptop's took one seed from 28 to 71 %, and another to 0
+# within six steps, for good: where no answer is right, nothing is learned any more.
 #
 # - `--problems "arithmetic sorting"` takes several kinds in turn;
 # - `--algorithm grpo --updates 2 --kl 0.01` is the method of DeepSeekMath.
