@@ -84,7 +84,7 @@ def estimate_v6e(depth=12, answers=256, prompt=256, new=256):
         **{**train.presets_of(model, optimizer)["chip"], "depth": depth}
     )
     fields = rl.rewarded_fields(base, model, optimizer, "chip")
-    limits = rl.Limits(prompt, new)
+    limits = rl.AnswerLimits(prompt, new)
     config = dataclasses.replace(base, **{**fields, "total_batch_size": answers})
     table, length = model.weights(config), prompt + new
     shapes = jax.eval_shape(functools.partial(cast_weights, table, dtype=config.dtype), weight_shapes(config, table))

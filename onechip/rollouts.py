@@ -22,7 +22,7 @@ from onechip.policy import group_advantages, pass_at_k, token_weights
 from onechip.tools import ToolRunner
 
 
-class Limits(NamedTuple):
+class AnswerLimits(NamedTuple):
     """How answers are drawn: tokens of a question and of an answer at most; temperature; top_k, 0 for all."""
 
     question_tokens: int = 64
@@ -64,7 +64,7 @@ def is_forged(tokens, ids, mask):
 class Roller:
     """Answers to problems, by an engine that is made at the first call and holds no device memory between two.
 
-    make_engine(params) -> an Engine; tokens: ChatTokens; decode(ids) -> text; limits: Limits; run: the tool.
+    make_engine(params) -> an Engine; tokens: ChatTokens; decode(ids) -> text; limits: AnswerLimits; run: the tool.
     """
 
     def __init__(self, make_engine, tokens, decode, limits, run=calculate):

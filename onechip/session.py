@@ -39,19 +39,19 @@ class Session:
 
     def __init__(
         self, folder, config, origin, *, metric="val_loss", accept=(), lock=None, mirror=None, notes=None, on_log=None,
-        hours=0.0, draw=plot_losses, traced=5,
+        hours=0.0, draw=None, traced=0,
     ):  # fmt: skip
         """origin: what the run is made from, as JSON; metric: the score whose lowest value marks the best checkpoint.
 
         accept: what of the origin may differ from the checkpoint's, and "owner" to take the run from another process;
         lock: the run's RunLock, if the caller holds it already; mirror is a Mirror; notes, JSON, travel in the
         checkpoints; on_log(row) gets every row of metrics.jsonl as a dict; hours: of this process, in which the run
-        ends with a checkpoint; 0 for no limit. draw(rows, path, gzip_bpb): writes its picture, loss.png;
-        traced: steps of the profile.
+        ends with a checkpoint; 0 for no limit. draw(rows, path, gzip_bpb): writes its picture, loss.png, if
+        not plot_losses; traced: steps of the profile, 0 for the usual five.
         """
         self.config, self.folder, self.origin, self.metric = config, RunFolder(folder), origin, metric
         self.accept, self.mirror, self.on_log, self._lock = accept, mirror, on_log, lock
-        self._draw, self._traced = draw, traced
+        self._draw, self._traced = draw, {"count": traced} if traced else {}
         self.state, self.position, self.rows = None, None, []
         self.scores, self.samples = {}, []
         self._record = {"best_step": None, "best_score": None, "notes": notes}
@@ -124,7 +124,7 @@ class Session:
         logged = {"on_log": self.on_log, "rows": self.rows, "disk": self.disk}
         self.log = RunLog(folder.metrics, config.num_iterations, self.step, *pace, **logged)
         self._closing.callback(self.log.close)
-        self._profile = ProfileWindow(folder.profile, config.num_iterations - self.step, count=self._traced)
+        self._profile = ProfileWindow(folder.profile, config.num_iterations - self.step, **self._traced)
         self._closing.callback(self._profile.close)
         self._loader = PrefetchDataLoader(batches(self.position), place)
         self._closing.callback(self._loader.close)
@@ -220,7 +220,7 @@ class Session:
             self._record |= {"best_step": self.step, "best_score": score}
         self.log.show(val=f"{scores['val_bpb']:.3f} bpb" if "val_bpb" in scores else f"{scores['val_loss']:.3f}")
         self.log.write(row)
-        drawn = self._draw, self.log.rows, self.folder.picture, self._gzip_bpb
+        drawn = self._draw or plot_losses, self.log.rows, self.folder.picture, self._gzip_bpb
         if is_first() and self.disk.attempt(self.folder.picture.name, *drawn):
             show_picture(self.folder.picture)
 

@@ -20,7 +20,7 @@ from letters import LETTERS, SPECIAL, LetterTokenizer
 
 from onechip.errors import UserError
 from onechip.policy import ALGORITHMS, Policy, policy_loss
-from onechip.rollouts import Limits, rollout_batch
+from onechip.rollouts import AnswerLimits, rollout_batch
 from onechip.verifiable import Problem
 
 train = importlib.import_module("02_train")
@@ -51,7 +51,7 @@ def vowels(text):
 
 def make_task(config=CONFIG, grade=vowels, **settings):
     run = rl.RewardRun(**{"answers": 8, "places": 16, "asked": 5, "tries": 4, "problems": "letters", **settings})
-    tokenizer, limits = Letters(), Limits(12, 24)
+    tokenizer, limits = Letters(), AnswerLimits(12, 24)
     mesh = train.make_mesh(jax.local_devices()[:1])
     policy = Policy(run.algorithm, run.clip, run.kl, limits.answer_tokens)
     problem = lambda number, held_out=False: Problem("abcdefgh"[number % 8], grade)
@@ -219,7 +219,7 @@ def test_what_cannot_be_is_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             rl.check_sizes(rl.RewardRun(**settings), config)
     with pytest.raises(UserError, match="answer_tokens=20: with question_tokens, 30 in all, it must fit seq_len=24"):
-        rl.batch_width(config, Limits(10, 20))
+        rl.batch_width(config, AnswerLimits(10, 20))
     with pytest.raises(UserError, match="position="):
         next(rl.numbered_batches(config, {"next": -1}))
 

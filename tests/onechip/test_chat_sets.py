@@ -10,6 +10,7 @@ from onechip.conversations import check_messages
 from onechip.errors import UserError
 from onechip.hubdata import open_rows
 from onechip.spelling import read_words, spelling_bee_item
+from onechip.verifiable import open_problems
 
 
 def talks(count, word, broken=None):
@@ -79,3 +80,19 @@ def test_spelling_by_nanochats_rules():
             check_messages(source.held_out(i))
         assert source.messages(3) != source.held_out(3)
     assert spelling_source("spelling-bee").messages(5) == spelling_bee_item(5, read_words(), test=False)["messages"]
+
+
+def test_gsm8k_as_problems(hub):
+    """Either split's own questions, graded by the number after ####: only the solution is right;
+    the commits of what was read come with them."""
+    problem, commits = open_problems(["gsm8k"])
+    source, wanted = hub_source("gsm8k")
+    assert commits == wanted
+    for held_out, get, size in ((False, source.messages, 4), (True, source.held_out, 3)):
+        for number in range(size + 1):
+            question, solution = get(number)
+            asked = problem(number, held_out)
+            said = solution["content"][-1]["text"]
+            assert asked.prompt == question["content"] and asked.grade(said) == 1
+            assert asked.grade(said.rpartition("####")[0]) == 0 and asked.grade("#### 123456789") == 0
+    assert problem(0).prompt != problem(0, True).prompt

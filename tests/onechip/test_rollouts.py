@@ -15,7 +15,7 @@ from onechip.engine import Engine
 from onechip.errors import UserError
 from onechip.policy import Policy
 from onechip.rollouts import (
-    Limits,
+    AnswerLimits,
     Roller,
     SameRewards,
     describe_rollouts,
@@ -44,7 +44,7 @@ def load_script(params):
 def scripted_answer(*parts, limit=40, grade=ASKED.grade):
     """The Rollout of a model that says these parts, whatever it is asked."""
     problem = ASKED._replace(grade=grade)
-    limits = Limits(question_tokens=20, answer_tokens=limit)
+    limits = AnswerLimits(question_tokens=20, answer_tokens=limit)
     before = len(render_prompt(TOKENS, [{"role": "user", "content": problem.prompt}])) - 1
     script = [TOKENS.bos] * before + script_of(*parts)
     roller = Roller(load_script, TOKENS, decode, limits)
@@ -77,14 +77,14 @@ def test_a_grade_out_of_range_and_a_long_question_are_refused():
         scripted_answer("42", TOKENS.assistant_end, grade=lambda text: 2)
     with pytest.raises(UserError, match="question_tokens=20: a question has 34"):
         long = Problem("a" * 30, equals("42"))
-        Roller(None, TOKENS, decode, Limits(20, 8)).prompt(long)
+        Roller(None, TOKENS, decode, AnswerLimits(20, 8)).prompt(long)
 
 
 @pytest.fixture(scope="module")
 def drawn():
     """(config, params, 120 rollouts of three problems) of a random model that calls tools by chance."""
     config = replace(vocab_size=CONFIG.vocab_size, seq_len=64)
-    limits = Limits(question_tokens=20, answer_tokens=40, temperature=4.0)
+    limits = AnswerLimits(question_tokens=20, answer_tokens=40, temperature=4.0)
     engine = lambda params: Engine(config, params, train.GPT, train.attention_parts(config), rows=7, length=60)
     problems = [
         Problem("how many", equals("1")),
