@@ -216,7 +216,8 @@ train = importlib.import_module("02_train")
 tok = importlib.import_module("01_tokenizer")
 
 
-SWEPT = {"pretraining": "03_worker.PRETRAINING", "chat": "07_chat.TUNING"}  # what --task can name
+# What --task can name.
+SWEPT = {"pretraining": "03_worker.PRETRAINING", "chat": "07_chat.TUNING", "rl": "08_rl.REWARDING"}
 TASKS = "tasks/"  # names of figures begin with it where higher is better
 
 
@@ -224,10 +225,8 @@ TASKS = "tasks/"  # names of figures begin with it where higher is better
 class Settings:
     """What this worker does and, if it creates the sweep, what the sweep is."""
 
-    task: str = setting(
-        "pretraining", "what a trial does: pretraining, or chat: 07's fine-tuning", choices=tuple(SWEPT)
-    )
-    base: str = setting("", "--task chat: a run's folder, an export or a Hub repository; empty: the newest run")
+    task: str = setting("pretraining", "what a trial does: pretraining; chat, 07's; or rl, 08's", choices=tuple(SWEPT))
+    base: str = setting("", "--task chat, rl: a run's folder, an export or a Hub repository; empty: the newest")
     mixture: str = setting("", "--task chat: sources and how many of each, as 07 has it; empty: by the data")
     conversations: str = setting("", "--task chat: a JSONL file of your own; every worker needs the same one")
     model: str = setting("gpt", "what is trained: 02's model, 04's or 05's", choices=tuple(train.MODELS))

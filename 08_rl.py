@@ -137,6 +137,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,7 @@ from onechip.card import describe_result
 from onechip.chips import topology_devices
 from onechip.conversations import chat_tokens
 from onechip.decoding import Decoder
-from onechip.doors import Task, config_with
+from onechip.doors import SweepChoice, SweepTask, Task, config_with
 from onechip.engine import PROMPT_TOKENS, Engine, blank_turn
 from onechip.errors import UserError, require, say
 from onechip.estimate import peak_bytes
@@ -513,20 +514,27 @@ def rewarded_fields(base, model, optimizer, preset):
 
 def find_base(overrides):
     """(ModelFiles or None, Model, Optimizer, its Config) of the chat to improve; None only for --preflight."""
-    source = peek("model", overrides)
-    is_talk = lambda about: (about.get("data") or {}).get("name") == "conversations"
-    source = source or newest_run(peek("out", overrides) or Run().out, is_talk)
+    source = peek("model", overrides) or newest_chat(peek("out", overrides))
     if not source and peek("preflight", overrides):
         model, optimizer = train.model_named("nanochat"), train.optimizer_named("muon")
         fields = train.presets_of(model, optimizer)["chip"]
         return None, model, optimizer, config_with(model.config, optimizer.settings)(**fields)
     if not source:
         raise UserError("model='': there is no chat yet to improve: uv run 07_chat.py first, or name one with --model")
+    return open_chat(source, peek("optimizer", overrides))
+
+
+def newest_chat(out):
+    """The folder of the newest run that was trained on conversations; "" if there is none."""
+    return newest_run(out or Run().out, lambda about: (about.get("data") or {}).get("name") == "conversations")
+
+
+def open_chat(source, wanted):
+    """(ModelFiles, Model, Optimizer, its Config) of a chat; UserError unless `wanted` is its optimizer, or empty."""
     files, folder = find_model_files(source), Path(tok.__file__).parent
     model = find_model(files.about.get("model", train.GPT.name), folder, train.GPT)
     names = {path: name for name, path in train.OPTIMIZERS.items()}
     optimizer = train.optimizer_named(names.get(files.about.get("optimizer"), "adamw"))
-    wanted = peek("optimizer", overrides)
     own = next(name for name, path in train.OPTIMIZERS.items() if path == optimizer.name)
     require(wanted in ("", own), "optimizer", wanted, f"the chat was trained with {own}: leave it out")
     return files, model, optimizer, files.make_config(config_of(files.about, model, folder))
@@ -540,15 +548,20 @@ def fill_sizes(run):
     return dataclasses.replace(run, **sizes, problems=problems, data="hub" if "gsm8k" in problems else "offline")
 
 
-def choose_rewarded(files, model, optimizer, base, overrides=""):
-    """(RewardRun, config) with nothing left open."""
-    config_class = config_with(model.config, optimizer.settings)
-    known = {field.name for field in dataclasses.fields(config_class)}
+def rewarded_presets(model, optimizer, base):
+    """{preset: fields} of a run that improves a chat."""
+    known = {field.name for field in dataclasses.fields(config_with(model.config, optimizer.settings))}
     presets = {}
     for preset in model.presets:
         fields = rewarded_fields(base, model, optimizer, preset)
         data = {"data": "offline" if preset == "laptop" else "hub"}
         presets[preset] = {name: value for name, value in fields.items() if name in known} | data
+    return presets
+
+
+def choose_rewarded(files, model, optimizer, base, overrides=""):
+    """(RewardRun, config) with nothing left open."""
+    config_class, presets = config_with(model.config, optimizer.settings), rewarded_presets(model, optimizer, base)
 
     def name(run, config):
         kept = fill_sizes(run)
@@ -585,6 +598,79 @@ def make_setup(run, config, model, mesh, tokenizer):
     roller = make_roller(config, model, mesh, tokenizer, limits_of(run), run.places)
     return Setup(problem, tokenizer, roller, run, policy, limits_of(run)), commits
 
+
+# %% [markdown]
+# 03 sweeps it with `--task rl`: every trial begins with the same chat and is given the same problems, and only the rate
+# and the end of its schedule differ.
+
+# %%
+SHORT_REWARDED = {"chip": {"num_iterations": 60}, "gpu": {"num_iterations": 60}, "laptop": {"num_iterations": 20}}
+
+
+class RewardMaterial(NamedTuple):
+    """What the trials of a sweep begin with and are asked; name and revision: those of the problems."""
+
+    name: str
+    revision: str
+    chat: tuple  # (ModelFiles, Model, Optimizer)
+    tokenizer: object
+    run: RewardRun
+    origin: dict
+
+
+def choose_rewarding(asked):
+    """The SweepChoice of improving the chat that asked["base"] names, or the newest one."""
+    for name in ("mixture", "conversations"):
+        require(not asked[name], name, asked[name], "belongs to --task chat")
+    source = asked["base"] or newest_chat(asked["out"])
+    require(source, "base", "", "there is no chat yet to improve: uv run 07_chat.py first, or name one with --base")
+    files, model, optimizer, base = open_chat(source, asked["optimizer"])
+    names = {path: name for name, path in (train.MODELS | train.OPTIMIZERS).items()}
+    require(model.name in names, "base", source, f"03 has no name for its model {model.name}: improve it with 08")
+    same = asked["model"] in ("", names[model.name])
+    require(same, "model", asked["model"], f"the chat is {names[model.name]}: leave it out")
+    presets = rewarded_presets(model, optimizer, base)
+    presets = {name: presets[name] | short for name, short in SHORT_REWARDED.items() if name in presets}
+    rates = {name: fields["learning_rate"] for name, fields in presets.items()}
+    spread = {name: {"distribution": "log_uniform_values", "min": r / 8, "max": r * 4} for name, r in rates.items()}
+    hashes = list(map(hash_file, array_files(files.weights)))
+
+    def open_material(data, num_shards, kept):
+        run = fill_sizes(RewardRun(data=data, preset="laptop" if data == "offline" else "chip"))
+        _, commits = open_problems(run.problems.split())
+        revision = hashlib.sha256(json.dumps([run.problems, commits]).encode()).hexdigest()[:12]
+        origin = {"commits": commits, "base": hashes}
+        tokenizer = tok.load_tokenizer(files.tokenizer)
+        return RewardMaterial("rollouts", revision, (files, model, optimizer), tokenizer, run, origin)
+
+    return SweepChoice(
+        names[model.name],
+        names.get(optimizer.name, "adamw"),
+        presets,
+        {name: {"learning_rate": spread[name], "final_lr_frac": {"min": 0.0, "max": 0.3}} for name in presets},
+        open_material,
+        facts={"task": "rl", "base": source, "base_sha256": " ".join(hashes)},
+    )
+
+
+def prepare_rewarding(config, material):
+    """What `train` is handed of a trial: the Task, and the chat that it begins with."""
+    files, model, optimizer = material.chat
+    check_sizes(material.run, config)
+    setup, _ = make_setup(material.run, config, model, train.make_mesh(), material.tokenizer)
+    reference = functools.partial(files.load_params, config, model)
+    start = functools.partial(load_start, files, config, model, optimizer, moments=False)
+    return {"task": learning_by_reward(config, setup, reference, material.origin), "start": start}
+
+
+def rewarding_command(known):
+    """The command that improves the chat at length, for the constants of a sweep."""
+    return f"uv run 08_rl.py --model {known['base']}"
+
+
+REWARDING = SweepTask(
+    "08_rl.REWARDING", choose_rewarding, prepare_rewarding, rewarding_command, arrays=arrays_of(Policy())
+)
 
 # %%
 OVERRIDES = ""  # @param ["", "--problems sorting", "--algorithm dr-grpo"] {allow-input: true}

@@ -230,17 +230,49 @@ def test_other_settings_are_another_run():
     assert len(revisions) == 3
 
 
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """A folder with runs of 02 and 07, the smallest."""
+    folder = tmp_path_factory.mktemp("chats")
+    train_before("08_rl", folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_the_command_improves_a_chat(tmp_path):
+def test_the_command_improves_a_chat(chats):
     """From a pretrained model over a chat to a run: before, after, samples, a model; once more trains nothing."""
-    train_before("08_rl", tmp_path)
     words = [sys.executable, str(ROOT / "08_rl.py"), *FLAGS["08_rl"].split()]
-    run = lambda: subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=400)
+    run = lambda: subprocess.run(words, cwd=chats, capture_output=True, text=True, env=os.environ, timeout=400)
     done = run()
     assert done.returncode == 0, done.stderr[-2000:]
     assert "\nbefore: pass@1 0." in done.stdout and "\nafter: pass@1 0." in done.stdout
     assert "user: " in done.stdout and "(reward 0.00)" in done.stdout
-    (folder,) = tmp_path.glob("runs/rl-chat-*")
+    (folder,) = chats.glob("runs/rl-chat-*")
     assert (folder / "model" / "README.md").exists()
     again = run()
     assert again.returncode == 0 and "continues after step 2 of 2" in again.stdout, again.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_03_sweeps_it(chats, tmp_path, monkeypatch, capsys):
+    """Two trials begin with the same chat, differ in their rate, and the better one is named by 08's command."""
+    monkeypatch.setattr("sys.argv", ["03_worker.py"])
+    monkeypatch.setattr(rl, "LAPTOP_SIZES", {"answers": 4, "question_tokens": 48, "answer_tokens": 16, "places": 8})
+    monkeypatch.setattr(rl, "WATCHED", 4)
+    (base,) = chats.glob("runs/chat-*")
+    worker = importlib.import_module("03_worker")
+    sizes = (
+        "--num_iterations 2 --evaluations 1 --total_batch_size 8 --device_batch_size 8 --any_version true --run_cap 2"
+    )
+    backend, _, material = worker.open_sweep(
+        f"--task rl --preset laptop {sizes} --base {base} --out {tmp_path} --name s"
+    )
+    backend.work(material)
+    trials = backend.trials()
+    assert [trial["state"] for trial in trials] == ["finished"] * 2
+    assert all("tasks/pass@1" in row and 0 <= row["val_loss"] <= 1 for trial in trials for row in trial["rows"])
+    assert len({trial["parameters"]["learning_rate"] for trial in trials}) == 2
+    worker.show_results(backend)
+    assert f"best: uv run 08_rl.py --model {base} --" in capsys.readouterr().out
+    with pytest.raises(UserError, match="mixture='calculator:4': belongs to --task chat"):
+        worker.open_sweep(f"--task rl --preset laptop --mixture calculator:4 --base {base} --out {tmp_path}")
