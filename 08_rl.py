@@ -320,6 +320,7 @@ def make_roll(setup, reference, config, model, mesh):
     kept, same = reference() if policy.kl else None, SameRewards()
 
     def roll(params, asked):
+        jax.block_until_ready(params)  # the step before is still at work: its seconds are not these
         begun, numbers = time.perf_counter(), np.asarray(asked["x"])
         problems = [setup.problem(int(number) // run.answers) for number in numbers[:: run.answers]]
         seeds = [seed_of(run.seed, "step", int(number)) for number in numbers]
