@@ -26,8 +26,10 @@
 #
 # | where | what | steps |
 # |---|---|---|
-# | laptop, no network | the newest chat, sums of two and three steps by the calculator | 80, some 5 minutes |
+# | laptop, no network | the newest chat, sums of two and three steps by the calculator | 80, about 5 minutes |
 # | Colab, TPU v6e | GSM8K, 16 answers to each of 16 questions a step | 467, nanochat's; not timed |
+#
+# On a laptop, answers to 500 held-out sums are right in 28 of 100 draws before, and in 85 after.
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
@@ -719,7 +721,7 @@ def make_good_and_bad(setup, ask, each=3):
 
     def show(params):
         rollouts, _, _ = ask(params, 24)
-        sure = sorted(rollouts, key=lambda r: -r.reward)
+        sure = sorted({r.group: r for r in rollouts}.values(), key=lambda r: -r.reward)  # one answer to a question
         shown = {"text": "{}", "python": "[{}", "python_output": " -> {}] "}
         spell = lambda r: "".join(shown[part["type"]].format(part["text"]) for part in r.parts)
         question = lambda r: setup.problem(r.group, held_out=True).prompt
