@@ -29,8 +29,8 @@
 # | laptop, no network | the newest run in `runs/`, on conversations made by rule | 300, about 5 minutes |
 # | Colab, TPU v6e | SmolTalk, MMLU, GSM8K, spelling: 1.1M conversations | about 930, of 2^19 tokens; not timed |
 #
-# A laptop's model of 05 then has 99 % of held-out sums and counted letters right, by calling the calculator, and spells
-# three of four words that it has never seen.
+# A laptop's model of 05 then has 98 % of held-out sums and counted letters right, by calling the calculator, and spells
+# two of three words that it has never seen.
 
 # %% cellView="form"
 # @title Opening cell, the same in every notebook
