@@ -130,22 +130,18 @@ def test_a_stop_command_ends_a_trial_within_an_evaluation(server, tmp_path):
     assert other.summary["outcome"] == "finished" and len(scores(other)) == 10
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_trial_whose_agent_ends_is_resumed_by_the_next(server, tmp_path, how):
+def test_a_trial_whose_agent_is_killed_is_resumed_by_the_next(server, tmp_path):
     """The sweep hands the trial out again under its id; it resumes from its checkpoint and logs no score twice."""
     server.silence = 3.0
     words = ["--where", "wandb", "--count", "1", *LONG]
     with started(server, tmp_path, *words) as process:
         # By its own file: what the client has not sent by then must reach the server all the same, later.
         wait_for(lambda: len(evaluations(tmp_path, "trial1")) >= 3, process)
-        process.send_signal(how)
+        process.send_signal(signal.SIGKILL)
         process.wait(60)
-        interrupted = process.log()
-        assert how == signal.SIGKILL or "trial trial1: interrupted: the worker was stopped" in interrupted
     run = server.runs["trial1"]
-    assert run.preempting and len(scores(run)) < 10
-    assert run.exitcodes == ([] if how == signal.SIGKILL else [1]), interrupted[-3000:]
-    time.sleep(server.silence if how == signal.SIGKILL else 0)
+    assert run.preempting and len(scores(run)) < 10 and run.exitcodes == []
+    time.sleep(server.silence)
     with started(
         server, tmp_path, "--sweep", "someone/onechip/sweep1", "--count", "1", "--any_version", "true"
     ) as process:

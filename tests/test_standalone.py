@@ -15,7 +15,7 @@ from urllib.parse import quote
 import nbformat
 import pytest
 from conftest import ROOT, SUPPORT
-from execute import TINY, copy_repository, run_cells, run_notebook, set_overrides, train_before
+from execute import TINY, check_outputs, copy_repository, run_cells, run_notebook, set_overrides, train_before
 from hub import Hub
 
 COLAB = SUPPORT / "colab"
@@ -433,6 +433,7 @@ def test_notebook_alone_on_colab(name, tmp_path, content, origin):
     assert second == "NO TPU: JAX found only CPU.", printed[:500]
     assert [call["arguments"][4:] for call in pip_calls(tmp_path)] == [["wandb"]]
     assert not (tmp_path / "unassigned").exists() and printed.count("machine: kept") == len(offers)
+    check_outputs(notebook)
     if name == "02_train":
         assert "google.colab.kernel.proxyPort" in json.dumps(notebook), "TensorBoard's frame"
 

@@ -1,5 +1,6 @@
 """Runs a notebook in a real kernel, as a user does who edits its visible OVERRIDES line first."""
 
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,17 @@ def copy_repository(folder, *more):
         else:
             shutil.copy(path, folder)
     return folder
+
+
+def check_outputs(notebook):
+    """What a reader sees of an executed notebook: no error, one picture a cell, texts that fit a screen."""
+    assert json.dumps(notebook).count('"output_type": "error"') == 0
+    for outputs in (cell.get("outputs", []) for cell in notebook.cells):
+        pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+        assert pictures <= 1, "a picture takes the last one's place"
+        texts = [output.get("text", "") for output in outputs]
+        assert sum(text.count("step/s") for text in texts) <= 1, "a progress bar is one line"
+        assert sum(text.count("\n") for text in texts) <= 40, "a cell's text fits a screen"
 
 
 def set_overrides(notebook, flags):
