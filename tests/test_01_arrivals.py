@@ -216,6 +216,7 @@ def test_data_by_name_says_what_is_here(hub, whole, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.usefixtures("compiled_once")
+@pytest.mark.slow
 def test_a_run_waits_for_its_shard_and_saves_when_interrupted(
     hub, whole, tokenizer, tmp_path, monkeypatch, interruptible
 ):

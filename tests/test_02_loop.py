@@ -96,6 +96,7 @@ def raising(error):
 # What a run in one go leaves
 
 
+@pytest.mark.slow
 def test_metrics_are_one_row_per_step_and_one_per_evaluation(straight):
     """Every step in order, with finite loss, grad_norm and lr; evaluations where they are due; on_log got the same."""
     result, logged = straight
@@ -568,6 +569,7 @@ def test_a_failed_evaluation_is_run_after_resuming(tmp_path):
     assert [row["step"] for row in read_rows(tmp_path) if "val_bpb" in row] == [8, 12]
 
 
+@pytest.mark.slow
 def test_tasks_are_asked_where_they_are_due(corpus, tokenizer, tmp_path, capsys):
     """Every eval_core_every steps and at the end, after a checkpoint; their figures are a row of metrics of their own,
     leave the score that marks the best checkpoint alone, and a run that was cut off has the same."""

@@ -94,6 +94,7 @@ def test_a_stopped_trial_resumes_to_the_same_bits(base, tmp_path, as_cell):
     assert ends[0] == ends[1] and len(ends[0][0]) == 2
 
 
+@pytest.mark.slow
 def test_another_base_or_task_cannot_join_a_sweep(base, corpus, tokenizer, tmp_path, as_cell):
     """The hash of weights and moments is the sweep's: the same ones elsewhere go on, others are refused."""
     backend, _ = open_small(base, tmp_path / "out")

@@ -358,6 +358,7 @@ def straight(corpus, tokenizer, tmp_path_factory):
         return train_small(corpus, tokenizer, tmp_path_factory.mktemp("runs") / "straight")
 
 
+@pytest.mark.slow
 def test_a_run_learns_samples_and_leaves_02s_files(straight):
     """02's loop on this model: the loss falls from log V, a sample continues its prompt, all files are there."""
     rows = [row for row in read_rows(straight.run_dir) if "loss" in row]

@@ -601,6 +601,7 @@ def whole(corpus, tokenizer, tmp_path_factory, compiled_once):
 
 
 @pytest.mark.usefixtures("compiled_once", "interruptible")
+@pytest.mark.slow
 def test_the_recipe_trains_and_resumes_to_the_last_bit(whole, corpus, tokenizer, tmp_path):
     """It learns; interrupted in the warm-down, it ends with the same bits in every array, and the same metrics."""
 
@@ -637,6 +638,7 @@ def gpt_with_muon(corpus, tokenizer, tmp_path_factory, compiled_once):
     return config, train_tiny(corpus, tokenizer, run_dir, config=config, optimizer=speedrun.MUON)
 
 
+@pytest.mark.slow
 def test_02s_model_trained_with_muon_opens(gpt_with_muon):
     """Its config.json names an optimizer of another notebook, whose settings are fields of the run's."""
     config, result = gpt_with_muon
@@ -646,6 +648,7 @@ def test_02s_model_trained_with_muon_opens(gpt_with_muon):
 
 
 @pytest.mark.usefixtures("compiled_once", "interruptible")
+@pytest.mark.slow
 def test_another_optimizer_does_not_resume_a_run(whole, gpt_with_muon, corpus, tokenizer, tmp_path):
     """One line with both names, of 05's run and of 02's; the folder stays as it was, and trains on with its own."""
     adamw = speedrun.Config(**{f.name: getattr(recipe(), f.name) for f in dataclasses.fields(speedrun.Config)})

@@ -47,6 +47,7 @@ def runs(corpus, tokenizer, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_newest_run_is_asked(runs, tmp_path):
     """The one whose checkpoint is the newest; None where no folder has one."""
     assert newest_run(runs) == str(runs / "second") and newest_run(tmp_path) is None

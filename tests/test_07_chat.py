@@ -132,6 +132,7 @@ def shapes_of(config, model=train.GPT, optimizer=train.ADAMW):
     return train.state_shapes(config, train.make_mesh(jax.local_devices()[:1]), model, optimizer)
 
 
+@pytest.mark.slow
 def test_it_begins_with_weights_and_moments(base):
     """Those of the newest checkpoint, bit for bit, at step 0; how many steps the moments have seen is known."""
     files = find_model_files(base)
@@ -270,6 +271,7 @@ def letters_of(parts):
     return [(part["type"], part["text"]) for part in parts]
 
 
+@pytest.mark.slow
 def test_calls_are_run_and_nothing_is_left_on_the_device():
     """A model that follows a script calls the calculator, twice with other parameters; its memory is given back."""
     say = script_of("it is ", TOKENS.python_start, "7*6", TOKENS.python_end, (4,), " ok", TOKENS.assistant_end, "never")

@@ -126,6 +126,7 @@ def test_it_trains_and_resumes_to_the_last_bit(corpus, tokenizer, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, opened.params, whole.params)
 
 
+@pytest.mark.slow
 def test_it_samples_with_a_cache_as_without():
     """Token for token the greedy choice of a pass over the whole prefix; every weight is random, none is silent."""
     table = jax.tree.map(lambda w: dataclasses.replace(w, init=normal(0.3)), weights(CONFIG))

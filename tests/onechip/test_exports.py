@@ -137,6 +137,7 @@ np.save(folder + "/logits.npy", program.call(load_file(folder + "/params.safeten
 
 
 @pytest.mark.parametrize("name", ["02", "compatible"])
+@pytest.mark.slow
 def test_stablehlo_runs_by_plain_jax(name, tokenizer, tmp_path):
     """A process that can import nothing of ours gets our logits, for any number of rows."""
     pytest.importorskip("flatbuffers", reason="jax.export writes by it, and it is no dependency")

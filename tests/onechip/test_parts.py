@@ -496,6 +496,7 @@ def test_damage_to_a_part_is_found(tmp_path):
     assert newest_checkpoint(tmp_path).name == "step_00000006"
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_opens_and_is_exported_whole(straight, tmp_path):
     """open_model reads the parts, of a run and of a checkpoint; the export is the file that one process writes."""
     result, train = straight[0], importlib.import_module("02_train")

@@ -58,6 +58,7 @@ def test_matrices_take_half_of_what_they_take_in_bfloat16():
     assert isinstance(small["lm_head"], Quantized) and not isinstance(small["wte"], Quantized)
 
 
+@pytest.mark.slow
 def test_what_is_no_matrix_is_in_the_compute_type():
     """As without 8 bits; scalars stay. An embedding in float32 made a float32 stream, which no bfloat16 cache took."""
     table = train.gpt_weights(GPT)

@@ -50,6 +50,7 @@ def answer_of(desk):
     return parts[:-1]
 
 
+@pytest.mark.slow
 def test_calls_go_to_the_tool_that_was_chosen():
     """To the calculator, to nobody, or to Python in its sandbox, which the calculator cannot do."""
     known = script_with("12*12", 5)
