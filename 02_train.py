@@ -1642,6 +1642,32 @@ def open_model(source, model=None):
     return Opened(config, params, tokenizer, model)
 
 
+def open_base(source, wanted=""):
+    """(ModelFiles, Model, Optimizer, Config) of a trained model that another training begins with.
+
+    wanted: what the user set as the optimizer; UserError unless that is the model's own, or empty.
+    """
+    files, folder = find_model_files(source), Path(tok.__file__).parent
+    model = find_model(files.about.get("model", GPT.name), folder, GPT)
+    names = {path: name for name, path in OPTIMIZERS.items()}
+    used = names.get(files.about.get("optimizer"), "adamw")
+    same = wanted in ("", used)
+    require(same, "optimizer", wanted, f"the model was trained with {used}, which continues: leave it out")
+    return files, model, optimizer_named(used), files.make_config(config_of(files.about, model, folder))
+
+
+def names_for_sweep(source, model, optimizer, wanted):
+    """What --model and --optimizer call the parts of a sweep's base; UserError if they have no name for the model.
+
+    wanted: what the user set as the model, which must be the base's own, or empty.
+    """
+    names = {path: name for name, path in (MODELS | OPTIMIZERS).items()}
+    require(model.name in names, "base", source, f"a sweep has no name for its model {model.name}")
+    same = wanted in ("", names[model.name])
+    require(same, "model", wanted, f"the base is {names[model.name]}: leave it out")
+    return names[model.name], names.get(optimizer.name, "adamw")
+
+
 # %% [markdown]
 # Other programs have formats of their own. `--export FORMAT --run FOLDER` (or `export_as`, here) writes one of them to
 # `FOLDER/exports/FORMAT`, and to the Hub with a token: README.md has the table of readers, and how far each agrees.

@@ -158,6 +158,7 @@ from onechip.machine import open_tensorboard, read_secret
 from onechip.rows import lookup
 from onechip.runfolder import ABOUT, RunFolder
 from onechip.settings import Run, change_default, setting
+from onechip.torch_export import common_fields
 from onechip.weights import Weight, draw_weights, normal, uniform
 
 tok = importlib.import_module("01_tokenizer")
@@ -478,24 +479,14 @@ def qwen3_config(config, bos):
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_dim,
+        **common_fields(config, bos),
         "hidden_act": "silu",
-        "max_position_embeddings": config.seq_len,
         "rope_theta": config.rope_base,
         "rope_scaling": None,
         "rms_norm_eps": float(jnp.finfo(jnp.float32).eps),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_sliding_window": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": bos,
-        "eos_token_id": bos,
         "torch_dtype": config.dtype,
     }
 

@@ -160,7 +160,7 @@ from onechip.conversations import assistant_parts, chat_tokens, render_prompt
 from onechip.doors import SweepChoice, SweepTask, Task, config_with
 from onechip.engine import Engine
 from onechip.errors import in_notebook, require, say
-from onechip.export import config_of, find_model, find_model_files, names_of_files
+from onechip.export import find_model_files, names_of_files
 from onechip.files import hash_file
 from onechip.hosts import gathered, host_count, is_first, on_this_host
 from onechip.hub import upload_folder
@@ -512,22 +512,7 @@ def choose_base(overrides):
     out = peek("out", overrides) or Run().out
     source = peek("model", overrides) or newest_run(out, lambda about: not is_chat(about))
     source = source or train.train_first(out, train.model_named("nanochat"), train.optimizer_named("muon"))
-    return open_base(source, peek("optimizer", overrides))
-
-
-def open_base(source, wanted=""):
-    """The same of the model that `source` names; wanted: what the user set as the optimizer."""
-    files = find_model_files(source)
-    folder = Path(tok.__file__).parent
-    model = find_model(files.about.get("model", train.GPT.name), folder, train.GPT)
-    names = {path: name for name, path in train.OPTIMIZERS.items()}
-    used = names.get(files.about.get("optimizer"), "adamw")
-    require(
-        wanted in ("", used), "optimizer", wanted, f"the model was trained with {used}, which continues: leave it out"
-    )
-    optimizer = train.optimizer_named(used)
-    base = files.make_config(config_of(files.about, model, folder))
-    return files, model, optimizer, base
+    return train.open_base(source, peek("optimizer", overrides))
 
 
 def find_chat(overrides):
@@ -620,11 +605,8 @@ def choose_tuning(asked):
     """The SweepChoice of fine-tuning the model that asked["base"] names, or the newest run."""
     source = asked["base"] or newest_run(asked["out"] or Run().out, lambda about: not is_chat(about))
     require(source, "base", "", "there is no run yet to fine-tune: train one first, or name one with --base")
-    files, model, optimizer, base = open_base(source, asked["optimizer"])
-    names = {path: name for name, path in (train.MODELS | train.OPTIMIZERS).items()}
-    require(model.name in names, "base", source, f"03 has no name for its model {model.name}: fine-tune it with 07")
-    same = asked["model"] in ("", names[model.name])
-    require(same, "model", asked["model"], f"the base is {names[model.name]}: leave it out")
+    files, model, optimizer, base = train.open_base(source, asked["optimizer"])
+    named = train.names_for_sweep(source, model, optimizer, asked["model"])
     own = read_conversations(asked["conversations"]) if asked["conversations"] else []
     presets, counts_of = chat_presets(files, model, optimizer, base, asked["data"], asked["mixture"], own)
     presets = {name: presets[name] | short for name, short in SHORT_TUNING.items() if name in presets}
@@ -644,8 +626,7 @@ def choose_tuning(asked):
         )  # fmt: skip
 
     return SweepChoice(
-        names[model.name],
-        names.get(optimizer.name, "adamw"),
+        *named,
         presets,
         {name: {"learning_rate": spread[name], **TUNING_SPACE} for name in presets},
         open_material,

@@ -154,7 +154,7 @@ from onechip.doors import SweepChoice, SweepTask, Task, config_with
 from onechip.engine import PROMPT_TOKENS, Engine, blank_turn
 from onechip.errors import UserError, require, say
 from onechip.estimate import peak_bytes
-from onechip.export import config_of, find_model, find_model_files, names_of_files
+from onechip.export import names_of_files
 from onechip.files import hash_file
 from onechip.hosts import gathered, host_count, is_first, on_this_host
 from onechip.hub import upload_folder
@@ -524,23 +524,12 @@ def find_base(overrides):
         return None, model, optimizer, config_with(model.config, optimizer.settings)(**fields)
     if not source:
         raise UserError("model='': there is no chat yet to improve: uv run 07_chat.py first, or name one with --model")
-    return open_chat(source, peek("optimizer", overrides))
+    return train.open_base(source, peek("optimizer", overrides))
 
 
 def newest_chat(out):
     """The folder of the newest run that was trained on conversations; "" if there is none."""
     return newest_run(out or Run().out, lambda about: (about.get("data") or {}).get("name") == "conversations")
-
-
-def open_chat(source, wanted):
-    """(ModelFiles, Model, Optimizer, its Config) of a chat; UserError unless `wanted` is its optimizer, or empty."""
-    files, folder = find_model_files(source), Path(tok.__file__).parent
-    model = find_model(files.about.get("model", train.GPT.name), folder, train.GPT)
-    names = {path: name for name, path in train.OPTIMIZERS.items()}
-    optimizer = train.optimizer_named(names.get(files.about.get("optimizer"), "adamw"))
-    own = next(name for name, path in train.OPTIMIZERS.items() if path == optimizer.name)
-    require(wanted in ("", own), "optimizer", wanted, f"the chat was trained with {own}: leave it out")
-    return files, model, optimizer, files.make_config(config_of(files.about, model, folder))
 
 
 def fill_sizes(run):
@@ -627,11 +616,8 @@ def choose_rewarding(asked):
         require(not asked[name], name, asked[name], "belongs to --task chat")
     source = asked["base"] or newest_chat(asked["out"])
     require(source, "base", "", "there is no chat yet to improve: uv run 07_chat.py first, or name one with --base")
-    files, model, optimizer, base = open_chat(source, asked["optimizer"])
-    names = {path: name for name, path in (train.MODELS | train.OPTIMIZERS).items()}
-    require(model.name in names, "base", source, f"03 has no name for its model {model.name}: improve it with 08")
-    same = asked["model"] in ("", names[model.name])
-    require(same, "model", asked["model"], f"the chat is {names[model.name]}: leave it out")
+    files, model, optimizer, base = train.open_base(source, asked["optimizer"])
+    named = train.names_for_sweep(source, model, optimizer, asked["model"])
     presets = rewarded_presets(model, optimizer, base)
     presets = {name: presets[name] | short for name, short in SHORT_REWARDED.items() if name in presets}
     rates = {name: fields["learning_rate"] for name, fields in presets.items()}
@@ -647,8 +633,7 @@ def choose_rewarding(asked):
         return RewardMaterial("rollouts", revision, (files, model, optimizer), tokenizer, run, origin)
 
     return SweepChoice(
-        names[model.name],
-        names.get(optimizer.name, "adamw"),
+        *named,
         presets,
         {name: {"learning_rate": spread[name], "final_lr_frac": {"min": 0.0, "max": 0.3}} for name in presets},
         open_material,

@@ -45,7 +45,7 @@ def as_linear(matrix, inputs=1):
 
 
 def common_fields(config, bos):
-    """What both classes' config.json have."""
+    """What each class of transformers has in its config.json; bos ends a text as well."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
@@ -58,9 +58,10 @@ def common_fields(config, bos):
         "tie_word_embeddings": False,
         "bos_token_id": bos,
         "eos_token_id": bos,
-        "pad_token_id": None,
-        "dtype": "float32",
     }
+
+
+AS_WRITTEN = {"pad_token_id": None, "dtype": "float32"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,6 +75,7 @@ def own_config(config, params, bos):
     gates = {params["layers"][i]["value_gate"].shape[0] for i in valued}
     return {
         **common_fields(config, bos),
+        **AS_WRITTEN,
         "architectures": ["OneChipForCausalLM"],
         "model_type": "onechip",
         "auto_map": {
@@ -194,6 +196,7 @@ def nanochat_config(config, bos):
     """config.json of a NanoChatForCausalLM."""
     return {
         **common_fields(config, bos),
+        **AS_WRITTEN,
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
         "hidden_act": "relu2",
