@@ -731,7 +731,7 @@ PURPOSE = """fine-tuned by onechip on conversations. It answers questions, and c
 What it writes may be wrong or offensive."""
 
 if __name__ == "__main__" and not ready and is_first():
-    say(describe_result(result, config))
+    say(describe_result(result._replace(samples=[]), config))  # the samples stand above
     folder = train.export_model(
         result, tokenizer, mirror.repo if mirror else "", chat=True, loading=CHAT_LOADING, purpose=PURPOSE
     )

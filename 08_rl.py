@@ -717,7 +717,7 @@ def make_good_and_bad(setup, ask, each=3):
 
 if __name__ == "__main__":
     ask = make_asking(setup)
-    start = ask_held_out(ask, files.load_params(config, model), run, "before")
+    ask_held_out(ask, files.load_params(config, model), run, "before")
 
 # %%
 if __name__ == "__main__":
@@ -745,7 +745,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    ask_held_out(ask, result.params, run, "after")
+    reached = ask_held_out(ask, result.params, run, "after")
     for question, text in result.samples:
         say(f"user: {question}\nmodel: {text}")
 
@@ -766,8 +766,17 @@ REWARDED_PURPOSE = """a chat of onechip, improved by reinforcement learning on p
 What it writes may be wrong or offensive."""
 
 if __name__ == "__main__" and is_first():
-    say(describe_result(result, config))
+    result = result._replace(val_loss=None)  # it is 1 - reward: neither a line nor the card may call it nats a token
+    say(describe_result(result._replace(samples=[]), config))
+    share = (
+        f"Of {run.asked} held-out problems ({run.problems}), {reached['tasks/pass@1']:.1%} are right at the first try."
+    )
     folder = train.export_model(
-        result, tokenizer, mirror.repo if mirror else "", chat=True, loading=REWARDED_LOADING, purpose=REWARDED_PURPOSE
+        result,
+        tokenizer,
+        mirror.repo if mirror else "",
+        chat=True,
+        loading=REWARDED_LOADING,
+        purpose=f"{REWARDED_PURPOSE} {share}",
     )
     upload_folder(folder, names_of_files(folder), hub_token, run.hub_repo, f"onechip-{run.name}")

@@ -248,7 +248,8 @@ def test_the_command_improves_a_chat(chats):
     assert "\nbefore: pass@1 0." in done.stdout and "\nafter: pass@1 0." in done.stdout
     assert "user: " in done.stdout and "(reward 0.00)" in done.stdout
     (folder,) = chats.glob("runs/rl-chat-*")
-    assert (folder / "model" / "README.md").exists()
+    card = (folder / "model" / "README.md").read_text()
+    assert "nats per token" not in done.stdout + card and "held-out problems (arithmetic)," in card
     again = run()
     assert again.returncode == 0 and "continues after step 2 of 2" in again.stdout, again.stderr[-2000:]
 
